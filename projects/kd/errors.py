@@ -1,0 +1,57 @@
+"""Errors a user can mend: one line that names the config key or the file to change."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+
+class UserError(ValueError):
+    """Base of the errors that scripts print as one line instead of a traceback."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(str(message).split()))
+
+
+class ConfigError(UserError):
+    """A config key, a command line flag, or a file that a key names, has to change."""
+
+
+class DataError(UserError):
+    """A data set's annotation file or image has to change."""
+
+
+class TrainingError(UserError, FloatingPointError):
+    """Training cannot go on (a loss became NaN or infinite)."""
+
+
+@contextlib.contextmanager
+def exit_on_user_error():
+    """Scripts run their main function inside: a :class:`UserError` ends in one line and status 2.
+
+    A :class:`UserError` raised in a spawned process or a data loader worker reaches the parent
+    inside the text of another exception; its last line is shown then.
+    """
+    try:
+        yield
+    except UserError as error:
+        _exit(str(error))
+    except Exception as error:  # a worker's traceback, re-raised by torch as text
+        line = _line_of_worker_error(str(error))
+        if line is None:
+            raise
+        _exit(line)
+
+
+def _exit(line: str) -> None:
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _line_of_worker_error(text: str) -> str | None:
+    names = tuple(f"{__name__}.{c.__name__}: " for c in (ConfigError, DataError, TrainingError))
+    for line in reversed(text.splitlines()):
+        for name in names:
+            if line.startswith(name):
+                return line[len(name) :]
+    return None
