@@ -1,0 +1,66 @@
+"""Between student and teacher features: channels and grid sizes.
+
+Shapes: N images, C channels, (H, W) cells of a level.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .errors import ConfigError
+
+ADAPTER_TYPES = ("auto", "none", "conv1x1", "conv3x3")
+
+
+def build_adapter(
+    kind: str, student_channels: int, teacher_channels: int, key: str = "KD.ADAPTER.TYPE"
+) -> nn.Module:
+    """A module that maps (N, C_student, H, W) to (N, C_teacher, H, W).
+
+    No norm and no activation follow: FPN outputs are signed, a ReLU would put half of the targets
+    out of reach. Convolutions start from torch's default initialisation.
+
+    Args:
+        kind: "none" (identity), "conv1x1", "conv3x3", or "auto" (identity where the channels
+            agree, else 1x1; ours).
+        student_channels, teacher_channels: C on both sides.
+        key: the config key that gave ``kind``, for messages.
+
+    Raises:
+        ConfigError: unknown kind, or "none" with different channels.
+    """
+    if kind not in ADAPTER_TYPES:
+        raise ConfigError(f"{key}: '{kind}' is not one of {', '.join(ADAPTER_TYPES)}")
+    if kind == "auto":
+        kind = "none" if student_channels == teacher_channels else "conv1x1"
+    if kind == "none":
+        if student_channels != teacher_channels:
+            raise ConfigError(
+                f"{key}: 'none' needs equal channels, the student has {student_channels} and "
+                f"the teacher {teacher_channels}; use 'conv1x1'"
+            )
+        return nn.Identity()
+    size = int(kind[-1])
+    return nn.Conv2d(student_channels, teacher_channels, size, padding=size // 2)
+
+
+def align_spatial(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """Resize teacher features to the student's grid where the two differ.
+
+    Args:
+        teacher: (N, C, Ht, Wt).
+        student: (N, C', H, W), only its size matters.
+
+    Returns:
+        (N, C, H, W): ``teacher`` itself when the grids agree; the mean of each block of cells when
+        the teacher's grid is a whole multiple; bilinear (half-pixel centres) otherwise (ours: the
+        papers assume equal grids).
+    """
+    size, wanted = teacher.shape[-2:], student.shape[-2:]
+    if size == wanted:
+        return teacher
+    if size[0] % wanted[0] == 0 and size[1] % wanted[1] == 0:
+        return F.avg_pool2d(teacher, (size[0] // wanted[0], size[1] // wanted[1]))
+    return F.interpolate(teacher, size=wanted, mode="bilinear", align_corners=False)

@@ -1,0 +1,100 @@
+"""What one training step offers to the imitation heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.structures import Instances
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """One side of a pair, as a head sees it when it is built.
+
+    Attributes:
+        model: the detector.
+        shapes: level name to ShapeSpec (channels, stride); the student's level names on both sides
+            once levels are paired, with the teacher's own channels and strides on its side.
+        taps: names of the taps that the detector offers.
+        cfg: its yacs config, None for a LazyConfig teacher.
+    """
+
+    model: nn.Module
+    shapes: Mapping[str, ShapeSpec]
+    taps: frozenset[str]
+    cfg: Any = None
+
+    @property
+    def arch(self) -> str:
+        """Class name of the meta-arch."""
+        return type(self.model).__name__
+
+
+@dataclass
+class DistillContext:
+    """Features, outputs and ground truth of one step.
+
+    Shapes: N images, C channels, (H, W) cells of a level; boxes are XYXY in pixels of the
+    student's input.
+
+    Attributes:
+        iteration: counted from 0.
+        image_sizes: (height, width) of each student input before padding.
+        canvas: (height, width) of the padded student batch.
+        gt: per image the Instances (``gt_boxes``, ``gt_classes``, ...) on the model's device, or
+            None where the batch has none.
+        student_features, teacher_features: level to (N, C, H, W), under the student's level names,
+            in the precision of the step. Teacher features carry no gradient.
+        student_outputs, teacher_outputs: tap name to what that tap gives.
+        strides: level to the student's stride in input pixels.
+        batch: the batch as the data loader gave it.
+        student, teacher: the models, for what the fields above do not cover.
+        log_scalars: whether :meth:`put_scalar` records in this step.
+    """
+
+    iteration: int
+    image_sizes: list[tuple[int, int]]
+    canvas: tuple[int, int]
+    gt: list[Instances] | None
+    student_features: dict[str, torch.Tensor]
+    teacher_features: dict[str, torch.Tensor]
+    student_outputs: dict[str, Any] = field(default_factory=dict)
+    teacher_outputs: dict[str, Any] = field(default_factory=dict)
+    strides: dict[str, int] = field(default_factory=dict)
+    batch: list[dict] = field(default_factory=list)
+    student: nn.Module | None = None
+    teacher: Any = None
+    log_scalars: bool = False
+    _masks: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def stride(self, level: str) -> int:
+        """Stride of a student level in input pixels."""
+        return self.strides[level]
+
+    def valid_mask(self, level: str) -> torch.Tensor:
+        """(N, 1, H, W) bool: True where a cell starts inside the unpadded image.
+
+        Row r of stride s is valid for r < ceil(height / s), columns alike (ICD's rule, read in its
+        code).
+        """
+        if level not in self._masks:
+            feature = self.student_features[level]
+            rows, columns = feature.shape[-2:]
+            sizes = torch.tensor(self.image_sizes, device=feature.device)
+            valid = torch.div(sizes + self.strides[level] - 1, self.strides[level]).floor()
+            y = torch.arange(rows, device=feature.device) < valid[:, :1]
+            x = torch.arange(columns, device=feature.device) < valid[:, 1:]
+            self._masks[level] = (y[:, :, None] & x[:, None, :])[:, None]
+        return self._masks[level]
+
+    def put_scalar(self, name: str, value: torch.Tensor | float) -> None:
+        """Log a scalar, at KD.LOG_PERIOD only (reading a tensor waits for the device)."""
+        if self.log_scalars:
+            value = value.item() if isinstance(value, torch.Tensor) else value
+            get_event_storage().put_scalar(name, value, smoothing_hint=False)

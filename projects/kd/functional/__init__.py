@@ -1,0 +1,1 @@
+"""The methods' mathematics as pure functions, one file a method."""

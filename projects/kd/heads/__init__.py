@@ -1,0 +1,18 @@
+"""Imitation heads; importing this package registers them."""
+
+from . import mimic  # noqa: F401
+from .base import (
+    IMITATION_HEAD_REGISTRY,
+    ImitationHead,
+    build_adapters,
+    build_imitation_heads,
+    choose_levels,
+)
+
+__all__ = [
+    "IMITATION_HEAD_REGISTRY",
+    "ImitationHead",
+    "build_adapters",
+    "build_imitation_heads",
+    "choose_levels",
+]

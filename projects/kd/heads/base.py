@@ -1,0 +1,187 @@
+"""Imitation heads: the registry, the base class, and how a config's heads are built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from detectron2.utils.registry import Registry
+from torch import nn
+
+from ..adapters import align_spatial, build_adapter
+from ..context import DistillContext, ModelInfo
+from ..errors import ConfigError
+from ..taps import architectures_with
+
+IMITATION_HEAD_REGISTRY = Registry("IMITATION_HEAD")
+IMITATION_HEAD_REGISTRY.__doc__ = """
+Imitation heads by the acronym of their paper. ``KD.HEADS`` names them; the config node of head
+``Name`` is ``KD.NAME``. A registered class subclasses :class:`ImitationHead`.
+"""
+
+
+class ImitationHead(nn.Module):
+    """A loss that pulls the student towards the teacher, with whatever parameters it needs.
+
+    Class attributes:
+        requires: taps that both sides must offer ("features", "dense", ...).
+        supports: student meta-archs it is limited to; () = every one that offers ``requires``.
+        needs_boxes: the head reads ground-truth boxes.
+
+    Args:
+        levels: student levels to distil, finest first.
+        weight: factor of the head's ``loss_kd_*``.
+        mask_padding: leave cells in a batch's padding out of the loss.
+    """
+
+    requires: frozenset[str] = frozenset({"features"})
+    supports: tuple[str, ...] = ()
+    needs_boxes: bool = False
+
+    def __init__(self, *, levels: Sequence[str], weight: float, mask_padding: bool):
+        super().__init__()
+        self.levels = tuple(levels)
+        self.weight = float(weight)
+        self.mask_padding = bool(mask_padding)
+
+    @classmethod
+    def from_config(cls, cfg, student: ModelInfo, teacher: ModelInfo) -> dict:
+        """Keyword arguments of the constructor.
+
+        Args:
+            cfg: the student's config.
+            student, teacher: the two sides; ``shapes`` hold the paired levels under the student's
+                names.
+        """
+        node = cfg.KD[head_name(cls).upper()]
+        return {
+            "levels": choose_levels(node.LEVELS or cfg.KD.LEVELS, student, teacher, cls),
+            "weight": node.WEIGHT,
+            "mask_padding": node.MASK_PADDING,
+        }
+
+    def forward(self, ctx: DistillContext) -> dict[str, torch.Tensor]:
+        """Scalar fp32 losses of one step, already weighted.
+
+        Keys start with ``loss_kd_`` (the wrapper multiplies them by the head's schedule) or
+        ``loss_aux_`` (never scheduled; they train the head's own parameters only).
+        """
+        raise TypeError(f"{type(self).__name__} does not define forward")
+
+    def aux_parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters for an optimizer of the head's own, set in ``KD.<HEAD>.OPTIMIZER``."""
+        return ()
+
+    def pair(self, ctx: DistillContext, level: str, adapter: nn.Module | None = None):
+        """Student and teacher features of a level in fp32 on the student's grid.
+
+        Returns:
+            (N, C, H, W) student features through ``adapter``, (N, C_teacher, H, W) teacher
+            features, and the (N, 1, H, W) validity mask, None without ``mask_padding``.
+        """
+        student = ctx.student_features[level].float()
+        teacher = align_spatial(ctx.teacher_features[level].float(), student)
+        mask = ctx.valid_mask(level) if self.mask_padding else None
+        if mask is not None:
+            # zeroed before a convolution looks across the border of the valid area
+            student = student.masked_fill(~mask, 0.0)
+        return student if adapter is None else adapter(student), teacher, mask
+
+    def extra_repr(self) -> str:
+        """Levels and weight in ``print(model)``."""
+        return f"levels={self.levels}, weight={self.weight}, mask_padding={self.mask_padding}"
+
+
+def head_name(cls: type) -> str:
+    """The registry name of a head class."""
+    for name, registered in IMITATION_HEAD_REGISTRY:
+        if registered is cls:
+            return name
+    for base in cls.__mro__[1:]:
+        for name, registered in IMITATION_HEAD_REGISTRY:
+            if registered is base:
+                return name
+    raise ConfigError(f"{cls.__name__} is not in IMITATION_HEAD_REGISTRY")
+
+
+def choose_levels(
+    wanted: Sequence[str], student: ModelInfo, teacher: ModelInfo, cls: type
+) -> list[str]:
+    """The levels a head works on, finest first.
+
+    Args:
+        wanted: the config's choice; empty = all paired levels.
+        student, teacher: as in :meth:`ImitationHead.from_config`.
+        cls: the head, for messages.
+
+    Raises:
+        ConfigError: a level that is not paired, or no pair at all.
+    """
+    paired = [level for level in student.shapes if level in teacher.shapes]
+    key = f"KD.{head_name(cls).upper()}.LEVELS"
+    unknown = [level for level in wanted if level not in paired]
+    if unknown:
+        raise ConfigError(
+            f"{key} (or KD.LEVELS): {', '.join(unknown)} not among the levels that student and "
+            f"teacher share: {', '.join(paired) or 'none'}"
+        )
+    chosen = list(wanted) or paired
+    if not chosen:
+        raise ConfigError(f"{key}: student and teacher share no level; set KD.LEVEL_MAP")
+    return sorted(chosen, key=lambda level: student.shapes[level].stride)
+
+
+def build_adapters(
+    kind: str,
+    levels: Sequence[str],
+    student: ModelInfo,
+    teacher: ModelInfo,
+    key: str = "KD.ADAPTER.TYPE",
+) -> nn.ModuleDict:
+    """One adapter a level, see :func:`~projects.kd.adapters.build_adapter`."""
+    return nn.ModuleDict(
+        {
+            level: build_adapter(
+                kind, student.shapes[level].channels, teacher.shapes[level].channels, key
+            )
+            for level in levels
+        }
+    )
+
+
+def head_class(name: str) -> type[ImitationHead]:
+    """The class registered as ``name``; ConfigError lists what there is."""
+    if name not in IMITATION_HEAD_REGISTRY:
+        known = ", ".join(sorted(key for key, _ in IMITATION_HEAD_REGISTRY))
+        raise ConfigError(f"KD.HEADS: no imitation head '{name}'; registered: {known}")
+    return IMITATION_HEAD_REGISTRY.get(name)
+
+
+def build_imitation_heads(cfg, student: ModelInfo, teacher: ModelInfo) -> nn.ModuleDict:
+    """Build KD.HEADS in order and check that both sides offer what each needs.
+
+    Raises:
+        ConfigError: unknown head, or a detector that cannot feed it, with those that can.
+    """
+    heads = nn.ModuleDict()
+    for name in cfg.KD.HEADS:
+        cls = head_class(name)
+        if cls.supports and not _is_a(type(student.model), cls.supports):
+            raise ConfigError(
+                f"KD.HEADS: {name} does not work with a {student.arch} student; "
+                f"it works with {', '.join(cls.supports)}"
+            )
+        for side, info in (("student", student), ("teacher", teacher)):
+            lacking = cls.requires - info.taps
+            if lacking:
+                raise ConfigError(
+                    f"KD.HEADS: {name} needs {', '.join(sorted(lacking))} and the {side} "
+                    f"{info.arch} offers {', '.join(sorted(info.taps))}; detectors that do: "
+                    f"{', '.join(architectures_with(cls.requires))}"
+                )
+        heads[name] = cls(**cls.from_config(cfg, student, teacher))
+    return heads
+
+
+def _is_a(cls: type, names: Sequence[str]) -> bool:
+    return any(base.__name__ in names for base in cls.__mro__)

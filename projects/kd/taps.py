@@ -1,0 +1,176 @@
+"""Feature taps: named places inside a detector whose outputs distillation reads.
+
+A detector says what it offers beside its meta-arch::
+
+    register_taps("RetinaNet", features=TapSpec("backbone"), dense=TapSpec("head", run=...))
+
+and :class:`FeatureTaps` reads those places with forward hooks. A hook never copies what it sees,
+costs about 2 us a call, and keeps nothing after ``clear``. Tap only modules whose output no
+consumer changes in place (FPN outputs, head outputs and predictors are such places).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TapSpec:
+    """One place that can be tapped.
+
+    Attributes:
+        path: submodule path, or several tried in order.
+        run: ``run(model, features)`` makes the tapped module run on backbone features, for a
+            teacher of which only the backbone is executed. None: the backbone's own forward pass
+            reaches the module.
+        select: turns the module's output into what heads receive. None: the output itself.
+        every_call: False keeps the first output of a step, True the list of all outputs (a module
+            called for each level, stage or image).
+    """
+
+    path: str | tuple[str, ...]
+    run: Callable[[nn.Module, Mapping[str, Any]], Any] | None = None
+    select: Callable[[Any], Any] | None = None
+    every_call: bool = False
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The candidate paths as a tuple."""
+        return (self.path,) if isinstance(self.path, str) else tuple(self.path)
+
+
+_TAPS: dict[str, dict[str, TapSpec]] = {}
+
+
+def register_taps(arch: str, **taps: TapSpec) -> None:
+    """Declare (or extend) what a meta-arch offers.
+
+    Args:
+        arch: class name of the meta-arch. Subclasses inherit its taps.
+        **taps: tap name to place. ``features`` (the backbone, giving a dict of levels) is needed
+            for every feature head; ``dense`` are per-level head outputs; other names are free.
+    """
+    _TAPS.setdefault(arch, {}).update(taps)
+
+
+def taps_for(model: nn.Module | type) -> dict[str, TapSpec]:
+    """The taps that a detector (or its class) and its base classes registered.
+
+    Raises:
+        ConfigError: nothing is registered for it; lists the architectures that are.
+    """
+    cls = model if isinstance(model, type) else type(model)
+    found: dict[str, TapSpec] = {}
+    for base in reversed(cls.__mro__):
+        found.update(_TAPS.get(base.__name__, {}))
+    if not found:
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE {cls.__name__} has no registered taps "
+            f"(register_taps beside the meta-arch); known: {sorted(_TAPS)}"
+        )
+    return found
+
+
+def architectures_with(names: Iterable[str]) -> list[str]:
+    """Registered meta-archs that offer all taps in ``names``."""
+    wanted = set(names)
+    return sorted(arch for arch, taps in _TAPS.items() if wanted <= set(taps))
+
+
+class FeatureTaps:
+    """Forward hooks on named submodules of a detector.
+
+    Args:
+        root: the detector.
+        specs: tap name to :class:`TapSpec`.
+
+    Raises:
+        ConfigError: a path that ``root`` does not have; lists the nearest module names.
+    """
+
+    def __init__(self, root: nn.Module, specs: Mapping[str, TapSpec]):
+        self.specs = dict(specs)
+        self.paths = {name: _resolve(root, name, spec) for name, spec in self.specs.items()}
+        self._values: dict[str, Any] = {}
+        self._recording = False
+        self._handles = [
+            root.get_submodule(path).register_forward_hook(self._hook(name))
+            for name, path in self.paths.items()
+        ]
+
+    def _hook(self, name: str):
+        spec = self.specs[name]
+
+        def keep(module, inputs, output):
+            if not self._recording:
+                return
+            if not spec.every_call and name in self._values:
+                return
+            value = output if spec.select is None else spec.select(output)
+            if spec.every_call:
+                self._values.setdefault(name, []).append(value)
+            else:
+                self._values[name] = value
+
+        return keep
+
+    @contextlib.contextmanager
+    def record(self):
+        """Hooks keep outputs only inside this context (evaluation passes leave no trace)."""
+        self._recording = True
+        try:
+            yield self
+        finally:
+            self._recording = False
+
+    def clear(self) -> None:
+        """Forget all recorded outputs."""
+        self._values.clear()
+
+    def remove(self) -> None:
+        """Take the hooks off the detector."""
+        for handle in self._handles:
+            handle.remove()
+        self.clear()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._values:
+            raise RuntimeError(f"tap '{name}' ({self.paths.get(name)}) did not run in this step")
+        return self._values[name]
+
+
+def _resolve(root: nn.Module, name: str, spec: TapSpec) -> str:
+    modules = [path for path, _ in root.named_modules() if path]
+    for path in spec.paths:
+        if path in modules:
+            return path
+    near = difflib.get_close_matches(spec.paths[0], modules, n=3, cutoff=0.0)
+    raise ConfigError(
+        f"tap '{name}': {type(root).__name__} has no module {' or '.join(map(repr, spec.paths))}; "
+        f"nearest names: {', '.join(near)} (register_taps)"
+    )
+
+
+def _run_retinanet_head(model, features):
+    model.head([features[level] for level in model.head_in_features])
+
+
+_BOTTOM_UP = TapSpec("backbone.bottom_up")
+register_taps(
+    "DenseDetector",  # RetinaNet, FCOS
+    features=TapSpec("backbone"),
+    bottom_up=_BOTTOM_UP,
+    dense=TapSpec("head", run=_run_retinanet_head),
+)
+register_taps("GeneralizedRCNN", features=TapSpec("backbone"), bottom_up=_BOTTOM_UP)
