@@ -162,15 +162,14 @@ def _resolve(root: nn.Module, name: str, spec: TapSpec) -> str:
     )
 
 
-def _run_retinanet_head(model, features):
-    model.head([features[level] for level in model.head_in_features])
+_CLASS_KEYS: dict[str, str] = {}
 
 
-_BOTTOM_UP = TapSpec("backbone.bottom_up")
-register_taps(
-    "DenseDetector",  # RetinaNet, FCOS
-    features=TapSpec("backbone"),
-    bottom_up=_BOTTOM_UP,
-    dense=TapSpec("head", run=_run_retinanet_head),
-)
-register_taps("GeneralizedRCNN", features=TapSpec("backbone"), bottom_up=_BOTTOM_UP)
+def register_class_key(arch: str, key: str) -> None:
+    """Say which config key holds a meta-arch's number of classes (checked against the data set)."""
+    _CLASS_KEYS[arch] = key
+
+
+def class_key(arch: str) -> str | None:
+    """The key given to :func:`register_class_key`, or None."""
+    return _CLASS_KEYS.get(arch)

@@ -1,0 +1,40 @@
+"""Knowledge distillation for detectron2 detectors.
+
+Importing this package registers the training wrapper, the imitation heads, the timm backbones and
+the built-in data sets.
+"""
+
+from . import detectors  # noqa: F401
+from .check import check_config
+from .config import add_kd_config, head_node, load_config, register_config
+from .context import DistillContext, ModelInfo
+from .data import register as _register  # noqa: F401
+from .distiller import DistillMetaArch, build_training_model, student_of
+from .errors import ConfigError, DataError
+from .heads import IMITATION_HEAD_REGISTRY, ImitationHead, build_adapters
+from .modeling import timm_fpn as _timm_fpn  # noqa: F401
+from .taps import TapSpec, register_class_key, register_taps
+from .teacher import Teacher, build_teacher
+
+__all__ = [
+    "IMITATION_HEAD_REGISTRY",
+    "ConfigError",
+    "DataError",
+    "DistillContext",
+    "DistillMetaArch",
+    "ImitationHead",
+    "ModelInfo",
+    "TapSpec",
+    "Teacher",
+    "add_kd_config",
+    "build_adapters",
+    "build_teacher",
+    "build_training_model",
+    "check_config",
+    "head_node",
+    "load_config",
+    "register_class_key",
+    "register_config",
+    "register_taps",
+    "student_of",
+]

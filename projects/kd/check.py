@@ -1,0 +1,135 @@
+"""Refuse what cannot work before anything is built, in one line that names the key."""
+
+from __future__ import annotations
+
+import difflib
+import os
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from .adapters import ADAPTER_TYPES
+from .errors import ConfigError
+from .files import resolve_config
+from .heads.base import head_class
+from .schedule import build_ramp
+from .taps import class_key
+from .teacher import DTYPES
+
+OPTIMIZERS = ("SGD", "AdamW", "Adam")
+CLIP_TYPES = ("value", "norm", "full_model")
+
+
+def check_config(cfg, training: bool = True) -> None:
+    """Check a config before models and loaders are built.
+
+    Args:
+        cfg: with KD.DATASETS registered.
+        training: False skips what only training needs (``--eval-only``).
+
+    Raises:
+        ConfigError: the first thing found wrong.
+    """
+    _check_meta_archs(cfg)
+    _check_datasets(cfg, training)
+    if training:
+        _check_solver(cfg)
+        if cfg.KD.META_ARCHITECTURE:
+            _check_distillation(cfg)
+
+
+def _one_of(key: str, value, allowed) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{key}: '{value}' is not one of {', '.join(map(str, allowed))}")
+
+
+def _check_meta_archs(cfg) -> None:
+    for key, name in (
+        ("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE),
+        ("KD.META_ARCHITECTURE", cfg.KD.META_ARCHITECTURE),
+    ):
+        if name and name not in META_ARCH_REGISTRY:
+            near = difflib.get_close_matches(name, [n for n, _ in META_ARCH_REGISTRY], n=3)
+            raise ConfigError(
+                f"{key}: no meta-arch '{name}' is registered (is its module in KD.IMPORTS?)"
+                + (f"; did you mean {' or '.join(near)}?" if near else "")
+            )
+
+
+def _check_datasets(cfg, training: bool) -> None:
+    keys = {"DATASETS.TEST": cfg.DATASETS.TEST}
+    if training:
+        keys["DATASETS.TRAIN"] = cfg.DATASETS.TRAIN
+        if not cfg.DATASETS.TRAIN:
+            raise ConfigError("DATASETS.TRAIN is empty: name a data set to train on")
+    for key, names in keys.items():
+        for name in names:
+            if name not in DatasetCatalog:
+                near = difflib.get_close_matches(name, list(DatasetCatalog), n=3, cutoff=0.4)
+                raise ConfigError(
+                    f"{key}: no data set '{name}' is registered; add it to KD.DATASETS"
+                    + (f" or use {' or '.join(near)}" if near else "")
+                )
+            _check_classes(cfg, name)
+
+
+def _check_classes(cfg, dataset: str) -> None:
+    key = class_key(cfg.MODEL.META_ARCHITECTURE)
+    names = MetadataCatalog.get(dataset).get("thing_classes", ())
+    if key is None or not names:
+        return
+    value = cfg
+    for part in key.split("."):
+        value = value[part]
+    if value != len(names):
+        raise ConfigError(f"{key} is {value}, but data set '{dataset}' has {len(names)} classes")
+
+
+def _check_solver(cfg) -> None:
+    solver = cfg.SOLVER
+    _one_of("SOLVER.OPTIMIZER", solver.OPTIMIZER, OPTIMIZERS)
+    _one_of("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", solver.CLIP_GRADIENTS.CLIP_TYPE, CLIP_TYPES)
+    _one_of("SOLVER.AMP.DTYPE", solver.AMP.DTYPE, ("float16", "bfloat16"))
+    for key in ("ACCUM_STEPS", "GATHER_METRIC_PERIOD", "MAX_ITER", "IMS_PER_BATCH"):
+        if solver[key] < 1:
+            raise ConfigError(f"SOLVER.{key} is {solver[key]}, it must be at least 1")
+    if solver.AMP.ENABLED and solver.AMP.DTYPE == "float16" and cfg.MODEL.DEVICE == "cpu":
+        raise ConfigError("SOLVER.AMP.DTYPE: float16 needs a GPU; use bfloat16 on a CPU")
+    if not 0.0 <= solver.EMA.DECAY < 1.0:
+        raise ConfigError(f"SOLVER.EMA.DECAY is {solver.EMA.DECAY}, it must lie in [0, 1)")
+    if solver.EMA.EVAL_ONLY and not solver.EMA.ENABLED:
+        raise ConfigError("SOLVER.EMA.EVAL_ONLY needs SOLVER.EMA.ENABLED True")
+
+
+def _check_distillation(cfg) -> None:
+    kd = cfg.KD
+    if not kd.HEADS:
+        raise ConfigError('KD.HEADS is empty: name imitation heads, or set KD.META_ARCHITECTURE ""')
+    for name in kd.HEADS:
+        head_class(name)
+        if list(kd.HEADS).count(name) > 1:
+            raise ConfigError(f"KD.HEADS names {name} twice")
+        if name.upper() not in kd:
+            raise ConfigError(f"KD.{name.upper()}: head {name} registered no config node")
+        _check_ramp(cfg, name)
+    if not kd.TEACHER.CONFIG_FILE:
+        raise ConfigError("KD.TEACHER.CONFIG_FILE is empty: name the teacher's config")
+    resolve_config(kd.TEACHER.CONFIG_FILE, "KD.TEACHER.CONFIG_FILE")
+    weights = kd.TEACHER.WEIGHTS
+    if weights and "://" not in weights and not os.path.isfile(os.path.expanduser(weights)):
+        raise ConfigError(f"KD.TEACHER.WEIGHTS: no such file '{weights}'; train the teacher first")
+    _one_of("KD.TEACHER.DTYPE", kd.TEACHER.DTYPE, ("auto", *DTYPES))
+    _one_of("KD.ADAPTER.TYPE", kd.ADAPTER.TYPE, ADAPTER_TYPES)
+    if kd.LOG_PERIOD < 1:
+        raise ConfigError(f"KD.LOG_PERIOD is {kd.LOG_PERIOD}, it must be at least 1")
+    if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in kd.LEVEL_MAP):
+        raise ConfigError(f"KD.LEVEL_MAP: {kd.LEVEL_MAP} is no list of [student, teacher] pairs")
+
+
+def _check_ramp(cfg, name: str) -> None:
+    ramp = build_ramp(cfg, name)
+    where = f"KD.{name.upper()} (or KD)"
+    if ramp.start < 0 or ramp.warmup < 0:
+        raise ConfigError(f"{where}: START_ITER and WARMUP_ITERS must not be negative")
+    if ramp.end != -1 and ramp.end < ramp.start:
+        raise ConfigError(f"{where}: END_ITER {ramp.end} lies before START_ITER {ramp.start}")

@@ -1,0 +1,20 @@
+"""What detectron2's own detectors offer to distillation (ours register beside their meta-arch)."""
+
+from __future__ import annotations
+
+from .taps import TapSpec, register_class_key, register_taps
+
+
+def _run_dense_head(model, features):
+    model.head([features[level] for level in model.head_in_features])
+
+
+_SHARED = {"features": TapSpec("backbone"), "bottom_up": TapSpec("backbone.bottom_up")}
+
+# DenseDetector is the base class of RetinaNet and FCOS. ``dense`` gives, per kind of prediction
+# (class logits, box deltas, ...), a list over levels of (N, A * K, H, W).
+register_taps("DenseDetector", **_SHARED, dense=TapSpec("head", run=_run_dense_head))
+register_taps("GeneralizedRCNN", **_SHARED)
+
+register_class_key("RetinaNet", "MODEL.RETINANET.NUM_CLASSES")
+register_class_key("GeneralizedRCNN", "MODEL.ROI_HEADS.NUM_CLASSES")

@@ -1,0 +1,218 @@
+"""DistillMetaArch: a student that trains beside a frozen teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.utils.events import get_event_storage
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .context import DistillContext, ModelInfo
+from .errors import ConfigError
+from .heads.base import build_imitation_heads
+from .levels import canvas_size, common_divisibility, padded_to, pair_levels
+from .schedule import Ramp, build_ramp
+from .taps import FeatureTaps, taps_for
+from .teacher import Teacher, build_teacher
+
+
+@META_ARCH_REGISTRY.register()
+class DistillMetaArch(nn.Module):
+    """Student, teacher and imitation heads in one training module.
+
+    In training, ``forward`` returns the student's own losses, the heads' ``loss_kd_*`` times
+    their schedule, and ``loss_aux_*``; in evaluation it is the student. ``student`` and ``heads``
+    are submodules; the teacher is not, so nothing of it is trained, synchronised or saved.
+
+    Args:
+        student: the deployed detector.
+        teacher: see :class:`Teacher`; its taps are placed here.
+        heads: imitation heads by name.
+        ramps: schedule of each head's ``loss_kd_*``.
+        level_map: student level to teacher level.
+        image_format: "BGR" or "RGB", the order of the loader's images.
+        log_period: heads' scalars are recorded every so many iterations.
+        compile_teacher: compile the teacher's backbone.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        teacher: Teacher,
+        heads: nn.ModuleDict,
+        ramps: Mapping[str, Ramp],
+        level_map: Mapping[str, str],
+        image_format: str = "BGR",
+        log_period: int = 20,
+        compile_teacher: bool = False,
+    ):
+        super().__init__()
+        self.student = student
+        self.heads = heads
+        self.teacher = teacher
+        self.ramps = dict(ramps)
+        self.level_map = dict(level_map)
+        self.image_format = image_format
+        self.log_period = log_period
+        needed = {"features"}.union(*(head.requires for head in heads.values()))
+        specs = {name: spec for name, spec in taps_for(student).items() if name in needed}
+        self._taps = FeatureTaps(student, specs)
+        teacher.tap(needed, compile_teacher)
+        self._divisibility = common_divisibility(student.backbone, teacher.size_divisibility)
+        self._strides = {name: s.stride for name, s in student.backbone.output_shape().items()}
+        self._seen_canvas: tuple[int, int] | None = None
+        student.backbone.register_forward_pre_hook(self._see_canvas)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Build the student of MODEL.META_ARCHITECTURE, the teacher and KD.HEADS."""
+        student = build_model(cfg)
+        teacher = build_teacher(cfg)
+        level_map = pair_levels(cfg.KD.LEVEL_MAP, student.backbone, teacher.model.backbone)
+        student_info, teacher_info = paired_infos(cfg, student, teacher, level_map)
+        heads = build_imitation_heads(cfg, student_info, teacher_info)
+        return {
+            "student": student,
+            "teacher": teacher,
+            "heads": heads.to(cfg.MODEL.DEVICE),
+            "ramps": {name: build_ramp(cfg, name) for name in heads},
+            "level_map": level_map,
+            "image_format": cfg.INPUT.FORMAT,
+            "log_period": cfg.KD.LOG_PERIOD,
+            "compile_teacher": cfg.KD.TEACHER.COMPILE,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """The student's device."""
+        return self.student.device
+
+    def forward(self, batched_inputs: list[dict]):
+        """Losses of one step in training, the student's predictions in evaluation.
+
+        Args:
+            batched_inputs: what detectron2's data loader gives: ``image`` (3, H, W) in
+                ``image_format``, ``instances`` with boxes XYXY in pixels of that image, ...
+
+        Returns:
+            Training: dict of scalar losses, ready to be summed.
+        """
+        if not self.training:
+            return self.student(batched_inputs)
+        ctx, losses = self.observe(batched_inputs)
+        return self.combine(losses, self.imitate(ctx))
+
+    def observe(self, batched_inputs: list[dict]) -> tuple[DistillContext, dict]:
+        """Run teacher and student; returns what heads read, and the student's own losses."""
+        sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
+        square = getattr(self.student.backbone, "padding_constraints", {}).get("square_size", 0)
+        canvas = canvas_size(sizes, self._divisibility, square)
+        images = [x["image"] for x in batched_inputs]
+        # first: the teacher's activations are gone before the student's are kept, and on a GPU its
+        # kernels hide behind the student's host work
+        with torch.profiler.record_function("kd/teacher"):
+            teacher = self.teacher.observe(images, canvas, self.image_format)
+        with torch.profiler.record_function("kd/student"):
+            with self._taps.record(), padded_to(self.student.backbone, self._divisibility):
+                losses = self.student(batched_inputs)
+            student = {name: self._taps[name] for name in self._taps.specs}
+            self._taps.clear()
+        if self._seen_canvas != canvas:
+            raise ConfigError(
+                f"MODEL.META_ARCHITECTURE {type(self.student).__name__} padded the batch to "
+                f"{self._seen_canvas}, the teacher saw {canvas}; it must pad as detectron2 does"
+            )
+        return self._context(batched_inputs, sizes, canvas, student, teacher), losses
+
+    def _context(self, batch, sizes, canvas, student, teacher) -> DistillContext:
+        iteration = get_event_storage().iter
+        gt = None
+        if all("instances" in x for x in batch):
+            gt = [x["instances"].to(self.device) for x in batch]
+        theirs = teacher.pop("features")
+        return DistillContext(
+            iteration=iteration,
+            image_sizes=sizes,
+            canvas=canvas,
+            gt=gt,
+            student_features=student.pop("features"),
+            teacher_features={ours: theirs[level] for ours, level in self.level_map.items()},
+            student_outputs=student,
+            teacher_outputs=teacher,
+            strides=self._strides,
+            batch=batch,
+            student=self.student,
+            teacher=self.teacher,
+            log_scalars=iteration % self.log_period == 0,
+        )
+
+    def imitate(self, ctx: DistillContext) -> dict[str, torch.Tensor]:
+        """All heads' losses with their schedules applied, computed without autocast."""
+        losses: dict[str, torch.Tensor] = {}
+        for name, head in self.heads.items():
+            with (
+                torch.profiler.record_function(f"kd/{name}"),
+                torch.autocast(self.device.type, enabled=False),
+            ):
+                own = head(ctx)
+            factor = self.ramps[name](ctx.iteration)
+            for key, loss in own.items():
+                if key in losses:
+                    raise ConfigError(f"KD.HEADS: two heads return a loss named {key}")
+                losses[key] = _scheduled(loss, factor) if key.startswith("loss_kd_") else loss
+        return losses
+
+    def combine(self, task: dict, distillation: dict) -> dict[str, torch.Tensor]:
+        """Task and distillation losses in one dict; wrappers of your own may override it."""
+        shared = task.keys() & distillation.keys()
+        if shared:
+            raise ConfigError(f"KD.HEADS: loss names also used by the student: {sorted(shared)}")
+        return {**task, **distillation}
+
+    def _see_canvas(self, module, inputs) -> None:
+        self._seen_canvas = tuple(inputs[0].shape[-2:])
+
+
+def _scheduled(loss: torch.Tensor, factor: float) -> torch.Tensor:
+    if factor == 0.0:  # 0 * inf is NaN; while a loss counts, it is never mended
+        loss = torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
+    return loss * factor
+
+
+def paired_infos(cfg, student: nn.Module, teacher: Teacher, level_map: Mapping[str, str]):
+    """Both sides as heads see them: shapes of the paired levels under the student's names."""
+    ours, theirs = student.backbone.output_shape(), teacher.model.backbone.output_shape()
+    student_info = ModelInfo(
+        model=student,
+        shapes={level: ours[level] for level in level_map},
+        taps=frozenset(taps_for(student)),
+        cfg=cfg,
+    )
+    teacher_info = ModelInfo(
+        model=teacher.model,
+        shapes={level: theirs[other] for level, other in level_map.items()},
+        taps=frozenset(taps_for(teacher.model)),
+        cfg=teacher.cfg,
+    )
+    return student_info, teacher_info
+
+
+def build_training_model(cfg) -> nn.Module:
+    """What is trained: the plain student, or the wrapper that KD.META_ARCHITECTURE names."""
+    if not cfg.KD.META_ARCHITECTURE:
+        return build_model(cfg)
+    model = META_ARCH_REGISTRY.get(cfg.KD.META_ARCHITECTURE)(cfg)
+    return model.to(cfg.MODEL.DEVICE)
+
+
+def student_of(model: nn.Module) -> nn.Module:
+    """The deployed detector inside a (DDP-wrapped) training model, or the model itself."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    return model.student if isinstance(model, DistillMetaArch) else model

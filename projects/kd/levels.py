@@ -1,0 +1,112 @@
+"""Which student level is compared with which teacher level, and on what canvas."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+
+from detectron2.layers import ShapeSpec
+from torch import nn
+
+from .errors import ConfigError
+
+
+def pair_levels(
+    level_map: Sequence[Sequence[str]], student: nn.Module, teacher: nn.Module
+) -> dict[str, str]:
+    """Pair backbone levels.
+
+    Args:
+        level_map: KD.LEVEL_MAP, pairs (student level, teacher level); empty = by equal stride.
+        student, teacher: the backbones. Levels that an FPN's top block makes (p6, p7) are paired
+            only when both top blocks are of the same kind: RetinaNet's p6 is a convolution of res5
+            and carries new information, R-CNN's p6 is a subsampled p5.
+
+    Returns:
+        Student level to teacher level, finest first.
+
+    Raises:
+        ConfigError: a level that does not exist, or no pair.
+    """
+    ours, theirs = student.output_shape(), teacher.output_shape()
+    if level_map:
+        pairs = {str(a): str(b) for a, b in level_map}
+        _check_names("student", pairs.keys(), ours)
+        _check_names("teacher", pairs.values(), theirs)
+    else:
+        pairs = {}
+        for level, shape in ours.items():
+            for other, other_shape in theirs.items():
+                same_stride = shape.stride == other_shape.stride
+                if same_stride and _maker(student, level) == _maker(teacher, other):
+                    pairs[level] = other
+    if not pairs:
+        raise ConfigError(
+            f"KD.LEVEL_MAP: student and teacher share no level; student: {_describe(ours)}; "
+            f"teacher: {_describe(theirs)}"
+        )
+    return dict(sorted(pairs.items(), key=lambda pair: ours[pair[0]].stride))
+
+
+def _check_names(side: str, names, shapes: Mapping[str, ShapeSpec]) -> None:
+    unknown = [name for name in names if name not in shapes]
+    if unknown:
+        raise ConfigError(
+            f"KD.LEVEL_MAP: the {side} has no level {', '.join(unknown)}; it has {_describe(shapes)}"
+        )
+
+
+def _maker(backbone: nn.Module, level: str) -> str:
+    """The kind of top block that made a level, "" for the pyramid's own levels."""
+    top = getattr(backbone, "top_block", None)
+    if top is None:
+        return ""
+    names = list(backbone.output_shape())
+    made = names[len(names) - top.num_levels :]
+    return type(top).__name__ if level in made else ""
+
+
+def _describe(shapes: Mapping[str, ShapeSpec]) -> str:
+    return ", ".join(f"{name} (stride {shape.stride})" for name, shape in shapes.items())
+
+
+def canvas_size(
+    image_sizes: Sequence[tuple[int, int]], divisibility: int, square: int = 0
+) -> tuple[int, int]:
+    """(height, width) to which detectron2's ``ImageList`` pads images of these sizes."""
+    height, width = (max(size[axis] for size in image_sizes) for axis in (0, 1))
+    if square > 0:
+        height = width = square
+    multiple = max(divisibility, 1)
+    return (math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple)
+
+
+def common_divisibility(student: nn.Module, teacher_divisibility: int) -> int:
+    """The least multiple of both padding rules.
+
+    Raises:
+        ConfigError: the student's backbone cannot be told to pad to it.
+    """
+    own = max(int(student.size_divisibility), 1)
+    common = math.lcm(own, teacher_divisibility)
+    if common != own and not hasattr(student, "_size_divisibility"):
+        raise ConfigError(
+            f"KD.TEACHER.CONFIG_FILE: the teacher pads to multiples of {teacher_divisibility}, the "
+            f"student's {type(student).__name__} to {own} and cannot be told otherwise"
+        )
+    return common
+
+
+@contextlib.contextmanager
+def padded_to(backbone: nn.Module, divisibility: int):
+    """Inside, the detector of ``backbone`` pads its batches to multiples of ``divisibility``."""
+    if max(int(backbone.size_divisibility), 1) == divisibility:
+        yield
+        return
+    before = backbone._size_divisibility
+    backbone._size_divisibility = divisibility
+    try:
+        yield
+    finally:
+        backbone._size_divisibility = before

@@ -1,0 +1,257 @@
+"""The frozen teacher: built from its own config, held outside of every module tree."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
+from torch import nn
+
+from .config import load_config
+from .context import ModelInfo
+from .errors import ConfigError
+from .files import MODEL_ZOO_PREFIX, resolve_config, zoo_weights_url
+from .taps import FeatureTaps, taps_for
+from .weights import load_detector
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Teacher:
+    """A detector that only answers.
+
+    Not an ``nn.Module``: ``.train()``, ``.parameters()``, ``.state_dict()``, DDP and EMA of the
+    student cannot reach it. It is in eval mode with ``requires_grad`` off, and runs its backbone
+    only, unless a head needs more.
+
+    Args:
+        model: the detector on its device.
+        input_format: "BGR" or "RGB", what the model expects.
+        cfg: its yacs config, None for a LazyConfig.
+        class_names: what it was trained to find, () if unknown.
+        source: config and weights, for ``repr``.
+        dtype: "auto" (the step's precision), "float32", "bfloat16" or "float16".
+        channels_last: run its convolutions in channels-last memory format.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        input_format: str = "BGR",
+        cfg=None,
+        class_names: Iterable[str] = (),
+        source: str = "",
+        dtype: str = "auto",
+        channels_last: bool = False,
+    ):
+        self.model = model.eval().requires_grad_(False)
+        self.input_format = input_format
+        self.cfg = cfg
+        self.class_names = tuple(class_names)
+        self.source = source
+        self.dtype = dtype
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
+        if channels_last:
+            self.model.backbone.to(memory_format=torch.channels_last)
+        self.taps: FeatureTaps | None = None
+        square = getattr(model.backbone, "padding_constraints", {}).get("square_size", 0)
+        if square > 0:
+            raise ConfigError(
+                f"KD.TEACHER.CONFIG_FILE: the teacher takes square inputs of {square} pixels only, "
+                "it cannot share the student's canvas; choose one without square padding"
+            )
+
+    def __deepcopy__(self, memo):
+        return self  # a copy of the student must not copy the teacher
+
+    def __repr__(self) -> str:
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        return f"Teacher({type(self.model).__name__}, {millions:.1f}M parameters, {self.source})"
+
+    def info(self) -> ModelInfo:
+        """Shapes and taps under the teacher's own level names."""
+        return ModelInfo(
+            model=self.model,
+            shapes=self.model.backbone.output_shape(),
+            taps=frozenset(taps_for(self.model)),
+            cfg=self.cfg,
+        )
+
+    def tap(self, names: Iterable[str], compile_backbone: bool = False) -> None:
+        """Place hooks for the taps that the heads read.
+
+        Raises:
+            ConfigError: a tap inside a backbone that is to be compiled (inner hooks do not fire).
+        """
+        specs = {name: spec for name, spec in taps_for(self.model).items() if name in set(names)}
+        self.taps = FeatureTaps(self.model, specs)
+        if compile_backbone:
+            inner = [name for name, path in self.taps.paths.items() if "backbone." in path]
+            if inner:
+                raise ConfigError(
+                    f"KD.TEACHER.COMPILE: tap {', '.join(inner)} lies inside the compiled "
+                    "backbone; set it to False for these heads"
+                )
+            self.model.backbone.compile(dynamic=True)
+
+    @property
+    def size_divisibility(self) -> int:
+        """What the padded image sides must be multiples of."""
+        return max(int(self.model.backbone.size_divisibility), 1)
+
+    def preprocess(
+        self, images: list[torch.Tensor], canvas: tuple[int, int], image_format: str
+    ) -> torch.Tensor:
+        """Normalise raw images with the teacher's statistics and pad them onto the canvas.
+
+        Args:
+            images: per image (3, H, W) in 0..255 in ``image_format``.
+            canvas: (height, width) of the padded batch.
+            image_format: "BGR" or "RGB", the order of ``images``.
+
+        Returns:
+            (N, 3, *canvas) fp32; padding is 0 after normalisation, as in detectron2.
+        """
+        mean, std = self.model.pixel_mean, self.model.pixel_std
+        flip = image_format != self.input_format
+        padded = []
+        for image in images:
+            image = image.to(mean.device, non_blocking=True)
+            image = ((image.flip(0) if flip else image) - mean) / std
+            bottom, right = canvas[0] - image.shape[1], canvas[1] - image.shape[2]
+            padded.append(F.pad(image, (0, right, 0, bottom)) if bottom or right else image)
+        return torch.stack(padded).contiguous(memory_format=self.memory_format)
+
+    @torch.no_grad()  # never inference_mode: its tensors cannot take part in the student's graph
+    def observe(
+        self, images: list[torch.Tensor], canvas: tuple[int, int], image_format: str
+    ) -> dict[str, Any]:
+        """Run the teacher as far as the placed taps need it.
+
+        Args:
+            images, canvas, image_format: see :meth:`preprocess`.
+
+        Returns:
+            Tap name to its value; ``features`` is a dict of level to (N, C, H, W).
+        """
+        assert not self.model.training, "the teacher left eval mode"
+        tensor = self.preprocess(images, canvas, image_format)
+        try:
+            with self.taps.record(), self._precision(tensor.device.type):
+                features = self.model.backbone(tensor)
+                for spec in self.taps.specs.values():
+                    if spec.run is not None:
+                        spec.run(self.model, features)
+            return {name: self.taps[name] for name in self.taps.specs}
+        finally:
+            self.taps.clear()
+
+    def _precision(self, device_type: str):
+        if self.dtype == "auto":
+            return contextlib.nullcontext()
+        dtype = DTYPES[self.dtype]
+        if dtype is torch.float32:
+            return torch.autocast(device_type, enabled=False)
+        return torch.autocast(device_type, dtype=dtype)
+
+
+def build_teacher(cfg) -> Teacher:
+    """Build KD.TEACHER with its weights on MODEL.DEVICE.
+
+    Args:
+        cfg: the student's config.
+
+    Raises:
+        ConfigError: config or weights missing, or parameters that the weights do not hold.
+    """
+    node = cfg.KD.TEACHER
+    path = resolve_config(node.CONFIG_FILE, "KD.TEACHER.CONFIG_FILE")
+    read = _read_lazy if path.endswith(".py") else _read_yaml
+    model, teacher_cfg, weights, input_format, datasets = read(cfg, path)
+    if node.CONFIG_FILE.startswith(MODEL_ZOO_PREFIX):
+        weights = zoo_weights_url(node.CONFIG_FILE) or weights
+    weights = node.WEIGHTS or weights
+    if weights:
+        missing = load_detector(model, weights, "KD.TEACHER.WEIGHTS", cfg.KD.ALLOW_PICKLE)
+        if missing and not node.ALLOW_MISSING:
+            raise ConfigError(
+                f"KD.TEACHER.WEIGHTS: '{weights}' lacks {len(missing)} of the teacher's "
+                f"parameters: {', '.join(missing)}"
+            )
+    elif not node.ALLOW_MISSING:
+        raise ConfigError("KD.TEACHER.WEIGHTS is empty and the teacher's config names no weights")
+    teacher = Teacher(
+        model,
+        input_format=input_format,
+        cfg=teacher_cfg,
+        class_names=_class_names(datasets),
+        source=f"config {node.CONFIG_FILE}, weights {weights or 'random'}",
+        dtype=node.DTYPE,
+        channels_last=node.CHANNELS_LAST,
+    )
+    logger.info("%r", teacher)
+    _compare_classes(teacher.class_names, _class_names(cfg.DATASETS.TRAIN))
+    return teacher
+
+
+def _read_yaml(cfg, path: str):
+    teacher_cfg = load_config(path, cfg.KD.TEACHER.OPTS)
+    teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
+    teacher_cfg.freeze()
+    model = build_model(teacher_cfg)
+    weights = teacher_cfg.MODEL.WEIGHTS
+    return model, teacher_cfg, weights, teacher_cfg.INPUT.FORMAT, teacher_cfg.DATASETS.TRAIN
+
+
+def _read_lazy(cfg, path: str):
+    lazy = LazyConfig.load(path)
+    opts = list(cfg.KD.TEACHER.OPTS)
+    try:
+        overrides = [f"{key}={value}" for key, value in zip(opts[::2], opts[1::2], strict=True)]
+        lazy = LazyConfig.apply_overrides(lazy, overrides)
+        model = instantiate(lazy.model).to(cfg.MODEL.DEVICE)
+    except Exception as error:
+        raise ConfigError(f"KD.TEACHER.CONFIG_FILE: '{path}' does not build: {error}") from error
+    weights = lazy.train.get("init_checkpoint", "") if "train" in lazy else ""
+    image_format = getattr(model, "input_format", None) or "BGR"
+    datasets = ()
+    with contextlib.suppress(AttributeError, KeyError):
+        image_format = lazy.dataloader.train.mapper.get("image_format", image_format)
+        names = lazy.dataloader.train.dataset.names
+        datasets = (names,) if isinstance(names, str) else tuple(names)
+    return model, None, weights, image_format, datasets
+
+
+def _class_names(datasets: Iterable[str]) -> tuple[str, ...]:
+    for name in datasets:
+        return tuple(MetadataCatalog.get(name).get("thing_classes", ()))
+    return ()
+
+
+def _compare_classes(teacher: tuple[str, ...], student: tuple[str, ...]) -> None:
+    if not teacher or not student or teacher == student:
+        return
+    only_teacher = [name for name in teacher if name not in student]
+    only_student = [name for name in student if name not in teacher]
+    logger.warning(
+        "The teacher's classes differ from the data set's (feature heads do not mind, heads on "
+        "class outputs do): only the teacher has %s; only the data set has %s%s",
+        _shorten(only_teacher),
+        _shorten(only_student),
+        "" if only_teacher or only_student else "; the order differs",
+    )
+
+
+def _shorten(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more
