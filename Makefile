@@ -1,0 +1,42 @@
+# Every target sets up what it needs first: .venv with the versions pinned under requirements/.
+# PYTHON=python3.12 chooses the interpreter; left out, python3 or the nearest supported one is taken.
+
+ifeq ($(origin PYTHON),undefined)
+PYTHON := python3
+SETUP_FLAGS := --search
+endif
+
+VENV_PYTHON := .venv/bin/python
+DEMO := tools/compare.py --suite configs/shapes/demo.yaml --output output/demo
+# What `make test` runs, and in how many processes: make test TESTS=tests/heads JOBS=4
+TESTS ?= tests
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help:
+	@echo "make setup   create .venv and install everything (other targets do this themselves)"
+	@echo "make demo    train teacher, plain and distilled students on built-in data: output/demo"
+	@echo "make test    run the tests (TESTS=tests/heads JOBS=4 to choose)"
+	@echo "make lint    ruff check, ruff format --check, codespell"
+	@echo "make clean   remove caches (.venv, output and data stay)"
+	@echo "PYTHON=python3.12 selects the interpreter (3.10 to 3.12)."
+
+setup:
+	@$(PYTHON) tools/setup_env.py $(SETUP_FLAGS)
+
+demo: setup
+	$(VENV_PYTHON) $(DEMO)
+
+test: setup
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -n $(JOBS) --dist loadfile $(TESTS)
+
+lint: setup
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m codespell_lib .
+
+clean:
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf .pytest_cache .ruff_cache
