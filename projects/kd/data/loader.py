@@ -1,0 +1,242 @@
+"""The training loader: detectron2's samplers, batches and mapper, resumable to the bit.
+
+The main process draws image indices from a seeded sampler, groups them by aspect ratio into
+batches, and hands out (position, index) pairs, position counting the indices of this rank from the
+start of training. The generators are seeded from the position before an image is augmented. So a
+batch depends on (seed, rank, number of ranks, batch number) only: not on the number of workers, and
+a resumed run skips to its place by drawing indices alone, without reading an image.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, get_detection_dataset_dicts
+from detectron2.data.samplers import (
+    RandomSubsetTrainingSampler,
+    RepeatFactorTrainingSampler,
+    TrainingSampler,
+)
+from detectron2.utils import comm
+from detectron2.utils.serialize import PicklableWrapper
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from ..errors import ConfigError, DataError
+from ..seeding import IMAGE, seed_generators
+from .mapper import build_train_mapper
+
+logger = logging.getLogger(__name__)
+
+
+def build_train_loader(
+    cfg: CfgNode,
+    start_iter: int = 0,
+    *,
+    seed: int | None = None,
+    mapper: Callable[[dict], dict | None] | None = None,
+) -> TrainLoader:
+    """An endless loader of this rank's batches, each a list of mapped dicts.
+
+    A batch holds SOLVER.IMS_PER_BATCH / number of ranks images.
+
+    Args:
+        cfg: the full config.
+        start_iter: training iterations (of SOLVER.ACCUM_STEPS batches) to skip.
+        seed: of shuffling and augmentation, equal on all ranks; None = cfg.SEED, or a random one
+            when that is negative.
+        mapper: data set dict -> example; None = :func:`build_train_mapper`.
+
+    Raises:
+        ConfigError: batch size not divisible by the ranks, unknown sampler, streamed data set.
+    """
+    ranks = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH % ranks:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} must be divisible by the number of "
+            f"processes, {ranks}"
+        )
+    if seed is None:
+        seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    images = load_dataset_dicts(cfg, cfg.DATASETS.TRAIN)
+    if isinstance(images, IterableDataset):
+        raise ConfigError("DATASETS.TRAIN: a streamed (iterable) data set cannot be resumed")
+    batches = GroupedBatchSampler(
+        build_sampler(cfg, images, seed),
+        aspect_groups(images) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
+        cfg.SOLVER.IMS_PER_BATCH // ranks,
+        skip=start_iter * cfg.SOLVER.ACCUM_STEPS,
+    )
+    if isinstance(images, list):
+        images = DatasetFromList(images, copy=False)
+    workers = cfg.DATALOADER.NUM_WORKERS
+    return TrainLoader(
+        DataLoader(
+            SeededDataset(images, mapper or build_train_mapper(cfg), seed, comm.get_rank()),
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=list,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu",
+        )
+    )
+
+
+class TrainLoader:
+    """Iterates a DataLoader over a :class:`SeededDataset` and raises the errors it carries."""
+
+    def __init__(self, batches: DataLoader):
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        """Batches from the place where the sampler starts; each call starts there again."""
+        for batch in self.batches:
+            for item in batch:
+                if isinstance(item, DataError):
+                    raise item
+            yield batch
+
+
+class SeededDataset(Dataset):
+    """Maps (position, index) to a training example that depends on nothing else.
+
+    Args:
+        images: data set dicts by index.
+        mapper: dict -> example, or None: then an image drawn by the position takes its place.
+        seed, rank: of the run and the process.
+
+    A :class:`DataError` is returned, not raised: raised in a worker process it would reach the
+    user as a traceback in text form.
+    """
+
+    def __init__(self, images: Sequence[dict], mapper: Callable, seed: int, rank: int):
+        self.images = images
+        self.mapper = PicklableWrapper(mapper)
+        self.seed = seed
+        self.rank = rank
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict | DataError:
+        position, index = key
+        for attempt in range(len(self.images)):
+            seed_generators(IMAGE, self.seed, self.rank, position, attempt)
+            try:
+                example = self.mapper(self.images[index])
+            except DataError as error:
+                return error
+            if example is not None:
+                return example
+            if attempt == 2:
+                logger.warning(f"the mapper refused {attempt + 1} images in a row, last {index}")
+            choice = random.Random(f"{self.seed} {self.rank} {position} {attempt}")
+            index = choice.randrange(len(self.images))
+        return DataError("DATASETS.TRAIN: the mapper refuses the images (it returns None)")
+
+
+class GroupedBatchSampler(Sampler):
+    """Batches of (position, index) whose images are all wide, or all not.
+
+    As in detectron2 an image joins the batch of its group that is being filled, and batches come
+    in the order in which they fill up.
+
+    Args:
+        indices: this rank's endless image indices.
+        groups: group number of every image; None = one group.
+        size: images in a batch.
+        skip: batches to leave out at the start.
+    """
+
+    def __init__(self, indices: Sampler, groups: Sequence[int] | None, size: int, skip: int = 0):
+        self.indices = indices
+        self.groups = groups
+        self.size = size
+        self.skip = skip
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        filling: dict[int, list] = {}
+        batches = 0
+        for position, index in enumerate(self.indices):
+            group = 0 if self.groups is None else self.groups[index]
+            batch = filling.setdefault(group, [])
+            batch.append((position, index))
+            if len(batch) == self.size:
+                del filling[group]
+                batches += 1
+                if batches > self.skip:
+                    yield batch
+
+
+def aspect_groups(images: Sequence[dict]) -> bytes:
+    """One byte an image: 1 if it is wider than high, else 0."""
+    try:
+        return bytes(int(image["width"] > image["height"]) for image in images)
+    except KeyError as error:
+        raise ConfigError(
+            f"DATALOADER.ASPECT_RATIO_GROUPING needs {error} of every image in DATASETS.TRAIN; "
+            "give it or set the key to False"
+        ) from error
+
+
+def load_dataset_dicts(cfg: CfgNode, names: Sequence[str]):
+    """Training images of registered data sets, filtered as the config says."""
+    proposals = None
+    if cfg.MODEL.LOAD_PROPOSALS:
+        files = dict(zip(cfg.DATASETS.TRAIN, cfg.DATASETS.PROPOSAL_FILES_TRAIN, strict=True))
+        proposals = [files[name] for name in names]
+    return get_detection_dataset_dicts(
+        list(names),
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=(
+            cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+        ),
+        proposal_files=proposals,
+    )
+
+
+def build_sampler(cfg: CfgNode, images: Sequence[dict], seed: int) -> Sampler:
+    """The sampler that DATALOADER.SAMPLER_TRAIN names, with an explicit seed.
+
+    Args:
+        images: all training images, in the order of DATASETS.TRAIN.
+        seed: equal on all ranks.
+    """
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "TrainingSampler":
+        return TrainingSampler(len(images), seed=seed)
+    if name == "RandomSubsetTrainingSampler":
+        ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+        return RandomSubsetTrainingSampler(len(images), ratio, seed_shuffle=seed, seed_subset=seed)
+    if name == "RepeatFactorTrainingSampler":
+        return RepeatFactorTrainingSampler(_rarity(cfg, images), seed=seed)
+    if name == "WeightedTrainingSampler":
+        return RepeatFactorTrainingSampler(_weights(cfg)[0], seed=seed)
+    if name == "WeightedCategoryTrainingSampler":
+        weights, datasets = _weights(cfg)
+        factors = weights * torch.cat([_rarity(cfg, dataset) for dataset in datasets])
+        return RepeatFactorTrainingSampler(factors / factors.min(), seed=seed)
+    raise ConfigError(f"DATALOADER.SAMPLER_TRAIN: no sampler '{name}' in detectron2")
+
+
+def _rarity(cfg: CfgNode, images: Sequence[dict]) -> torch.Tensor:
+    return RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+        images, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+    )
+
+
+def _weights(cfg: CfgNode) -> tuple[torch.Tensor, list]:
+    """Per image the DATASETS.TRAIN_REPEAT_FACTOR of its data set, and the data sets."""
+    factors = dict(cfg.DATASETS.TRAIN_REPEAT_FACTOR)
+    unknown = set(factors) - set(cfg.DATASETS.TRAIN)
+    if unknown:
+        raise ConfigError(f"DATASETS.TRAIN_REPEAT_FACTOR: {sorted(unknown)} not in DATASETS.TRAIN")
+    datasets = [load_dataset_dicts(cfg, [name]) for name in cfg.DATASETS.TRAIN]
+    weights = [
+        torch.full((len(dataset),), float(factors.get(name, 1.0)))
+        for name, dataset in zip(cfg.DATASETS.TRAIN, datasets, strict=True)
+    ]
+    return torch.cat(weights), datasets

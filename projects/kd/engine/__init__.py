@@ -1,0 +1,1 @@
+"""Training: the loop, the optimizers, checkpoints, hooks, process start, and the trainer."""

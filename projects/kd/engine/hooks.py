@@ -1,0 +1,171 @@
+"""Training hooks that detectron2 lacks, and state that its models keep outside of buffers."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping
+
+import torch
+from detectron2.engine import HookBase, hooks
+from torch import nn
+
+from ..errors import UserError
+
+
+class AuxLRScheduler(HookBase):
+    """Steps and logs (``lr_<head>``) the learning rates of all optimizers but the main one.
+
+    detectron2 saves the state of hooks by class name, so that a second ``LRScheduler`` hook would
+    lose its own; this class holds all other schedulers at once.
+    """
+
+    def __init__(self, schedulers: Mapping[str, torch.optim.lr_scheduler.LRScheduler]):
+        self.schedulers = dict(schedulers)
+
+    def after_step(self) -> None:
+        """Log the rates of this iteration, then move on."""
+        for name, scheduler in self.schedulers.items():
+            rate = scheduler.optimizer.param_groups[0]["lr"]
+            self.trainer.storage.put_scalar(f"lr_{name.lower()}", rate, smoothing_hint=False)
+            scheduler.step()
+
+    def state_dict(self) -> dict:
+        """States by head."""
+        return {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Inverse of :meth:`state_dict`."""
+        for name, scheduler in self.schedulers.items():
+            scheduler.load_state_dict(state[name])
+
+
+class ModelEMA:
+    """Exponential moving average of a model's parameters; buffers are copied.
+
+    average <- decay * average + (1 - decay) * parameter, once an optimizer step.
+
+    Args:
+        model: the student; read now, so create this after weights were loaded into it.
+        decay: in [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = model
+        self.decay = decay
+        self.average: dict[str, torch.Tensor] = {}
+
+    def start(self) -> None:
+        """Begin at the model's present weights, unless an average was loaded."""
+        if not self.average:
+            self.average = {k: v.clone() for k, v in self.model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the model's present weights."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        state = self.model.state_dict()
+        moving = [name for name in self.average if name in parameters]
+        torch._foreach_lerp_(
+            [self.average[name] for name in moving],
+            [state[name] for name in moving],
+            1.0 - self.decay,
+        )
+        for name in self.average.keys() - set(moving):
+            self.average[name].copy_(state[name])
+
+    @contextlib.contextmanager
+    def applied(self):
+        """The model has the averaged weights inside the context."""
+        own = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(self.average)
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(own)
+
+    def state_dict(self) -> dict:
+        """The averaged state dict, with the names of the model's."""
+        return self.average
+
+    def load_state_dict(self, state: dict) -> None:
+        """Inverse of :meth:`state_dict`."""
+        own = self.model.state_dict()
+        self.average = {name: value.to(own[name].device) for name, value in state.items()}
+
+
+class EMAHook(HookBase):
+    """Updates a :class:`ModelEMA`; place it before hooks that save or evaluate."""
+
+    def __init__(self, ema: ModelEMA):
+        self.ema = ema
+
+    def before_train(self) -> None:
+        """Start where training starts."""
+        self.ema.start()
+
+    def after_step(self) -> None:
+        """Once an iteration."""
+        self.ema.update()
+
+
+class PreciseBN(hooks.PreciseBN):
+    """detectron2's PreciseBN, made repeatable.
+
+    Always the same batches, and what the forward passes leave in the model besides the statistics
+    (loss normalisers) is undone, so that a resumed run has what the uninterrupted one has.
+    """
+
+    def update_stats(self) -> None:
+        """See detectron2."""
+        if self._disabled:
+            return
+        self._data_iter = None
+        before = running_floats(self._model, {})
+        super().update_stats()
+        self._data_iter = None
+        for name in running_floats(self._model, {}).keys() - before.keys():
+            module, attribute = _split(self._model, name)
+            delattr(module, attribute)
+        set_floats(self._model, before)
+
+
+def running_floats(model: nn.Module, constants: Mapping[str, float]) -> dict[str, float]:
+    """Plain float attributes of a model's modules that are not constants.
+
+    detectron2's dense detectors keep the running mean by which they divide their losses in such an
+    attribute (``loss_normalizer``), which is in no state dict.
+
+    Args:
+        model: any module.
+        constants: values when the model was built, as this function gives them for ``{}``.
+
+    Returns:
+        ``<module path>.<attribute>`` -> value, for those that are new or have changed.
+    """
+    return {
+        f"{path}.{name}": value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if type(value) is float and constants.get(f"{path}.{name}") != value
+    }
+
+
+def set_floats(model: nn.Module, values: Mapping[str, float]) -> None:
+    """Set what :func:`running_floats` gave."""
+    for name, value in values.items():
+        module, attribute = _split(model, name)
+        setattr(module, attribute, value)
+
+
+def _split(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+class QuietUserErrors(logging.Filter):
+    """Drops detectron2's traceback of errors that the script prints as one line anyway."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """False for a record that carries a :class:`UserError`."""
+        return not (record.exc_info and isinstance(record.exc_info[1], UserError))

@@ -1,0 +1,232 @@
+"""The trainer: detectron2's DefaultTrainer around a distilled or plain student."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, hooks
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from fvcore.nn.precise_bn import get_bn_modules
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..data.loader import build_train_loader
+from ..distiller import build_training_model, student_of
+from ..errors import ConfigError
+from .checkpoint import DistillCheckpointer, Heads
+from .hooks import (
+    AuxLRScheduler,
+    EMAHook,
+    ModelEMA,
+    PreciseBN,
+    QuietUserErrors,
+    running_floats,
+    set_floats,
+)
+from .loop import TrainLoop
+from .optim import MAIN, build_optimizations
+
+logger = logging.getLogger(__name__)
+
+
+class DistillTrainer(DefaultTrainer):
+    """Trains what :func:`~projects.kd.distiller.build_training_model` gives for a config.
+
+    Hooks, writers, file names and log format are detectron2's. What differs: the loop
+    (:class:`~projects.kd.engine.loop.TrainLoop`), the loader, and checkpoints of the student that
+    ``--resume`` continues exactly. Exact means: the same config, number of processes, software and
+    machine, and operations that are themselves deterministic, as on a CPU. Random numbers need no
+    saving: every iteration and image seeds the generators from (seed, place), see
+    :mod:`projects.kd.seeding`; the seed is SEED, or drawn once and kept in the checkpoint.
+
+    Args:
+        cfg: the full config, checked.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        _hide_user_errors()
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        self.cfg = cfg
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+
+        training_model = self.build_model(cfg)
+        self.student = student_of(training_model)
+        self._unwrapped = training_model
+        self._constants = running_floats(training_model, {})
+        self.optimizations = build_optimizations(cfg, training_model)
+        self.scheduler = self.optimizations[MAIN].scheduler
+        self.ema = ModelEMA(self.student, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.ENABLED else None
+        saved = {"trainer": weakref.proxy(self)}
+        if training_model is not self.student:
+            saved["distill"] = Heads(training_model.heads)
+        if self.ema is not None:
+            saved["ema"] = self.ema
+        self.checkpointer = DistillCheckpointer(
+            self.student,
+            cfg.OUTPUT_DIR,
+            allow_pickle=cfg.KD.ALLOW_PICKLE,
+            allow_missing_distill=cfg.KD.ALLOW_MISSING_DISTILL,
+            **saved,
+        )
+        self._trainer = TrainLoop(
+            wrap_ddp(cfg, training_model),
+            None,  # made by train(), when the place to start from is known
+            {name: item.optimizer for name, item in self.optimizations.items()},
+            amp_dtype=getattr(torch, cfg.SOLVER.AMP.DTYPE) if cfg.SOLVER.AMP.ENABLED else None,
+            accum_steps=cfg.SOLVER.ACCUM_STEPS,
+            clips={n: o.clip for n, o in self.optimizations.items() if o.clip is not None},
+            active={n: o.active for n, o in self.optimizations.items() if o.active is not None},
+            gather_period=cfg.SOLVER.GATHER_METRIC_PERIOD,
+            seed=self.seed,
+            last_checkpoint=self.checkpointer.last_good,
+        )
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The training model on its device."""
+        model = build_training_model(cfg)
+        logger.info(f"Model:\n{model}")
+        return model
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0, seed: int | None = None):
+        """Override it for data of another kind; it must start at ``start_iter``."""
+        return build_train_loader(cfg, start_iter, seed=seed)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module):
+        """Evaluate a plain detector on DATASETS.TEST; returns detectron2's dict of results."""
+        from ..evaluation import evaluate
+
+        return evaluate(cfg, model)
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Continue from OUTPUT_DIR's last checkpoint, or load MODEL.WEIGHTS into the student.
+
+        Without a checkpoint to resume from, training starts at MODEL.WEIGHTS, as in detectron2.
+        """
+        rest = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if "iteration" in rest:
+            self.start_iter = rest["iteration"] + 1
+
+    def build_hooks(self) -> list:
+        """detectron2's hooks, on all ranks, with the other learning rates and the average."""
+        cfg = self.cfg
+        auxiliary = {n: o.scheduler for n, o in self.optimizations.items() if n != MAIN}
+        result = [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(),
+            AuxLRScheduler(auxiliary) if auxiliary else None,
+            self._precise_bn(),
+            EMAHook(self.ema) if self.ema is not None else None,
+            # on every rank, because what a checkpoint holds is gathered from all
+            hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
+            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._test_and_keep),
+        ]
+        if comm.is_main_process():
+            result.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+        return [hook for hook in result if hook is not None]
+
+    def _precise_bn(self):
+        cfg = self.cfg
+        if not (cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.student)):
+            return None
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0  # as detectron2 does
+        # not self.seed, which a resume may still change
+        loader = self.build_train_loader(cfg, seed=max(cfg.SEED, 0))
+        return PreciseBN(cfg.TEST.EVAL_PERIOD, self.student, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
+
+    def _test_and_keep(self):
+        if self._failed:  # detectron2 would evaluate when the very last iteration fails
+            return {}
+        averaged = self.ema is not None and self.cfg.SOLVER.EMA.EVAL_ONLY
+        with self.ema.applied() if averaged else contextlib.nullcontext():
+            self._last_eval_results = self.test(self.cfg, self.student)
+        return self._last_eval_results
+
+    def train(self):
+        """Run from ``start_iter`` to MAX_ITER; returns the last evaluation's results, if any."""
+        self._failed = False
+        self._trainer.seed = self.seed
+        self._trainer.max_iter = self.max_iter
+        if self._trainer.data_loader is None:
+            self._trainer.data_loader = self.build_train_loader(
+                self.cfg, self.start_iter, self.seed
+            )
+        super().train()
+        return getattr(self, "_last_eval_results", None)
+
+    def run_step(self) -> None:
+        """One iteration of the loop."""
+        try:
+            super().run_step()
+        except BaseException:
+            self._failed = True
+            raise
+
+    def state_dict(self) -> dict:
+        """All but the weights; every rank must call it together."""
+        state = super().state_dict()
+        state["seed"] = self.seed
+        state["running"] = comm.all_gather(running_floats(self._unwrapped, self._constants))
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        """Inverse of :meth:`state_dict`."""
+        super().load_state_dict(state)
+        if self.cfg.SEED < 0:
+            self.seed = state["seed"]
+        elif self.seed != state["seed"]:
+            logger.warning(
+                f"SEED {self.seed} is not the checkpoint's {state['seed']}: the resumed run sees "
+                "other data than the interrupted one would have"
+            )
+        running = state["running"]
+        if len(running) != comm.get_world_size():
+            logger.warning(
+                f"the checkpoint is of {len(running)} processes, this run has "
+                f"{comm.get_world_size()}: it does not continue exactly"
+            )
+        set_floats(self._unwrapped, running[min(comm.get_rank(), len(running) - 1)])
+
+
+def wrap_ddp(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """The model in DistributedDataParallel if there are several processes (NCCL or gloo).
+
+    Buffers are not broadcast, as in detectron2: each process keeps its own running statistics.
+    """
+    if comm.get_world_size() == 1:
+        return model
+    on_gpu = next(model.parameters()).is_cuda
+    if not on_gpu and torch.distributed.get_backend() == "nccl":
+        raise ConfigError(
+            "MODEL.DEVICE cpu with several processes on a machine with GPUs: set the environment "
+            'variable CUDA_VISIBLE_DEVICES=""'
+        )
+    return DistributedDataParallel(
+        model,
+        device_ids=[comm.get_local_rank()] if on_gpu else None,
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.SOLVER.DDP_FIND_UNUSED_PARAMETERS,
+        gradient_as_bucket_view=True,
+    )
+
+
+def _hide_user_errors() -> None:
+    log = logging.getLogger("detectron2.engine.train_loop")
+    if not any(isinstance(item, QuietUserErrors) for item in log.filters):
+        log.addFilter(QuietUserErrors())

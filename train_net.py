@@ -1,0 +1,126 @@
+#!/usr/bin/env python
+"""Train or evaluate a detector: a plain one, or a student distilled from a teacher.
+
+    python train_net.py --config-file CONFIG [--resume] [--num-gpus N] [KEY VALUE ...]
+    python train_net.py --config-file CONFIG --eval-only MODEL.WEIGHTS FILE
+    python train_net.py --config-file STUDENT --teacher TEACHER [--method CWD]
+    torchrun --nproc-per-node N train_net.py --config-file CONFIG
+
+On a machine without a GPU --num-gpus is the number of CPU processes (add MODEL.DEVICE cpu).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup, hooks
+from detectron2.evaluation import verify_results
+from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
+from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
+from projects.kd.data.register import register_configured
+
+from projects.kd import check_config, load_config
+from projects.kd.engine.checkpoint import DistillCheckpointer, output_checkpoint
+from projects.kd.engine.launch import argument_parser, launch_training
+from projects.kd.engine.trainer import DistillTrainer
+from projects.kd.errors import ConfigError, exit_on_user_error
+
+logger = logging.getLogger("detectron2.train_net")
+
+
+def setup(args) -> CfgNode:
+    """Config, data sets, log files and OUTPUT_DIR/config.yaml of a run."""
+    if args.teacher:
+        from projects.kd.recipes import apply_recipe
+
+        cfg = apply_recipe(args)
+    else:
+        if args.teacher_weights or args.method:
+            raise ConfigError("--teacher-weights and --method need --teacher")
+        cfg = load_config(args.config_file, args.opts)
+    register_configured(cfg)
+    check_config(cfg, training=not args.eval_only)
+    cfg.freeze()
+    if args.eval_only:  # leaves the config.yaml of the training run as it is
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fvcore")
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
+        logger.info("Environment info:\n" + collect_env_info())
+        seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
+        return cfg
+    found = output_checkpoint(cfg.OUTPUT_DIR)
+    if found and not args.resume:
+        raise ConfigError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} already holds {found} of another run: add --resume to "
+            "continue it, or choose another OUTPUT_DIR"
+        )
+    comm.synchronize()  # no rank may write before all have looked
+    default_setup(cfg, args)
+    return cfg
+
+
+def test_with_tta(cfg: CfgNode, student):
+    """Results with test-time augmentation (TEST.AUG), keys marked with _TTA."""
+    averaged = DistillTrainer.test(
+        _with_output(cfg, "inference_TTA"), GeneralizedRCNNWithTTA(cfg, student)
+    )
+    return {f"{key}_TTA": value for key, value in averaged.items()}
+
+
+def _with_output(cfg: CfgNode, name: str) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, name)
+    cfg.freeze()
+    return cfg
+
+
+def evaluate_only(cfg: CfgNode, args):
+    """Build and load the student alone and evaluate it."""
+    student = build_model(cfg)
+    DistillCheckpointer(
+        student,
+        cfg.OUTPUT_DIR,
+        allow_pickle=cfg.KD.ALLOW_PICKLE,
+        use_ema=cfg.SOLVER.EMA.EVAL_ONLY,
+    ).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    results = DistillTrainer.test(cfg, student)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(test_with_tta(cfg, student))
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def main(args):
+    """What every process of the run executes."""
+    cfg = setup(args)
+    if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+        raise ConfigError("TEST.AUG.ENABLED needs MODEL.META_ARCHITECTURE GeneralizedRCNN")
+    if args.eval_only:
+        return evaluate_only(cfg, args)
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    if cfg.TEST.AUG.ENABLED:
+        trainer.register_hooks([hooks.EvalHook(0, lambda: test_with_tta(cfg, trainer.student))])
+    return trainer.train()
+
+
+def parse_arguments(argv=None):
+    """detectron2's flags and those of the one-flag recipes."""
+    parser = argument_parser(epilog=__doc__)
+    recipe = parser.add_argument_group("distil by a recipe, without a config of your own")
+    recipe.add_argument("--teacher", default="", help="the teacher's config: file or model_zoo://")
+    recipe.add_argument("--teacher-weights", default="", help="default: those of its config")
+    recipe.add_argument("--method", default="", help="imitation head, default: by detector")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        launch_training(main, parse_arguments())
