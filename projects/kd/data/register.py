@@ -1,0 +1,5 @@
+"""Registration of the built-in data sets."""
+
+from .shapes import register_shapes
+
+register_shapes()
