@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 
+import torch
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
 from .errors import ConfigError
 from .files import MODEL_ZOO_PREFIX, is_zoo_config, resolve_config
+
+logger = logging.getLogger(__name__)
 
 INHERIT = -2  # a head's START_ITER / WARMUP_ITERS / END_ITER: take the common KD.* value
 
@@ -201,7 +205,7 @@ def load_config(config_file: str, opts: Sequence = ()) -> CN:
         opts: ``["KEY", value, ...]`` overrides, as on the command line.
 
     Returns:
-        An unfrozen config.
+        An unfrozen config. MODEL.DEVICE "cuda" becomes "cpu" on a machine without a GPU.
 
     Raises:
         ConfigError: file missing, not a mapping, unknown key, or wrong type of a value.
@@ -216,6 +220,9 @@ def load_config(config_file: str, opts: Sequence = ()) -> CN:
     add_kd_config(cfg)
     merge_config(cfg, raw, path)
     merge_overrides(cfg, opts)
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+        logger.warning("No GPU found: MODEL.DEVICE is cpu")
     return cfg
 
 

@@ -1,0 +1,292 @@
+#!/usr/bin/env python
+"""Train and compare a suite of configs over seeds: a table, a report and pictures.
+
+    python tools/compare.py --suite configs/suites/demo.yaml --output output/demo --seeds 1 2 3
+
+A suite is a YAML file::
+
+    title: what is compared
+    dataset: shapes_val                # a data set of DATASETS.TEST
+    baseline: student                  # the row that gains are counted from
+    show: [teacher, student, ...]      # columns of the detection picture
+    opts: [KEY, value, ...]            # overrides for every run
+    rows:
+      - {name: teacher, config: ..., role: teacher}
+      - {name: student, config: ...}
+      - {name: student+CWD, config: ..., opts: [KEY, value, ...]}
+
+The row with role teacher is trained once, with its config's own seed; all others once a seed, with
+KD.TEACHER.WEIGHTS pointing to it. Each run is ``train_net.py`` in a process of its own, with its
+OUTPUT_DIR under ``--output``. A finished run is kept while its settings stay the same, an
+interrupted one is resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import torch  # noqa: E402
+import yaml  # noqa: E402
+
+from projects.kd import load_config  # noqa: E402
+from projects.kd.data.register import register_configured  # noqa: E402
+from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
+from projects.kd.pictures import ap_bars, ap_curves, detections_side_by_side  # noqa: E402
+from projects.kd.report import (  # noqa: E402
+    last_metrics,
+    markdown_table,
+    read_jsonl,
+    summarise,
+    write_atomically,
+)
+
+
+def read_suite(path: str) -> dict:
+    """Read and check a suite file."""
+    try:
+        with open(path) as file:
+            suite = yaml.safe_load(file)
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"--suite: cannot read '{path}': {error}") from error
+    if not isinstance(suite, dict) or not suite.get("rows") or not suite.get("dataset"):
+        raise ConfigError(f"--suite: '{path}' needs the entries dataset and rows")
+    for row in suite["rows"]:
+        if not {"name", "config"} <= set(row):
+            raise ConfigError(f"--suite: '{path}': a row needs name and config: {row}")
+    return suite
+
+
+class Run:
+    """One training of one row with one seed."""
+
+    def __init__(
+        self,
+        row: dict,
+        seed: int | None,
+        suite: dict,
+        output: str,
+        opts: list,
+        teacher: Run | None = None,
+    ):
+        self.row = row
+        self.seed = seed
+        self.teacher = teacher
+        folder = row["name"] if seed is None else os.path.join(row["name"], f"seed{seed}")
+        self.dir = os.path.join(output, "runs", folder)
+        self.opts = [*suite.get("opts", []), *row.get("opts", []), *opts]
+        if seed is not None:
+            self.opts += ["SEED", seed]
+
+    @property
+    def label(self) -> str:
+        """Name and seed for messages."""
+        return self.row["name"] + ("" if self.seed is None else f", seed {self.seed}")
+
+    def stamp(self) -> str:
+        """Hash of all settings, the teacher's included: another teacher makes another run."""
+        cfg = load_config(self.row["config"], [str(x) for x in self.opts])
+        for key in ("OUTPUT_DIR", "VERSION"):
+            cfg.pop(key)
+        text = cfg.dump() + (self.teacher.stamp() if self.teacher else "")
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def seconds(self) -> float | None:
+        """Training time of a finished run."""
+        path = os.path.join(self.dir, "finished.json")
+        if not os.path.isfile(path):
+            return None
+        with open(path) as file:
+            return json.load(file)["seconds"]
+
+    def execute(self, progress: str) -> None:
+        """Train, unless a finished run of the same settings is there."""
+        stamp, marker = self.stamp(), os.path.join(self.dir, "finished.json")
+        settings = os.path.join(self.dir, "settings")
+        known = _read(settings)
+        if known is not None and known != stamp:
+            print(f"[{progress}] {self.label}: settings changed, old run is at {_move_aside(self.dir)}")
+        elif os.path.isfile(marker):
+            print(f"[{progress}] {self.label}: kept, finished before", flush=True)
+            return
+        os.makedirs(self.dir, exist_ok=True)
+        write_atomically(settings, stamp)
+        resume = ["--resume"] if os.path.isfile(os.path.join(self.dir, "last_checkpoint")) else []
+        command = [sys.executable, os.path.join(ROOT, "train_net.py"), *resume]
+        command += ["--config-file", self.row["config"], "OUTPUT_DIR", self.dir]
+        command += [str(x) for x in self.opts]
+        print(f"[{progress}] {self.label}: {shlex.join(command)}", flush=True)
+        start = time.time()
+        status = _run_quietly(command, os.path.join(self.dir, "console.txt"), progress)
+        if status != 0:
+            log = os.path.join(self.dir, "console.txt")
+            raise ConfigError(f"{self.label} failed (status {status}): {_last_line(log)}; see {log}")
+        seconds = time.time() - start
+        write_atomically(marker, json.dumps({"seconds": round(seconds, 1)}))
+
+
+def _move_aside(folder: str) -> str:
+    count = 1
+    while os.path.exists(f"{folder}.old{count}"):
+        count += 1
+    os.rename(folder, f"{folder}.old{count}")
+    return f"{folder}.old{count}"
+
+
+def _read(path: str) -> str | None:
+    if not os.path.isfile(path):
+        return None
+    with open(path) as file:
+        return file.read()
+
+
+def _last_line(path: str) -> str:
+    with open(path, errors="replace") as file:
+        lines = [line.strip() for line in file if line.strip()]
+    return lines[-1] if lines else "no output"
+
+
+def _run_quietly(command: list[str], log: str, progress: str) -> int:
+    """Run with all output in ``log``; show a progress line with ETA about every 15 seconds."""
+    shown = time.time()
+    with open(log, "a") as file:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=os.getcwd()
+        )
+        try:
+            for line in process.stdout:
+                file.write(line)
+                if " eta: " in line and time.time() - shown > 15:
+                    shown = time.time()
+                    print(f"[{progress}]   {' '.join(line.split(' eta: ')[1].split())[:150]}",
+                          flush=True)  # fmt: skip
+            return process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+
+
+def make_runs(suite: dict, seeds: list[int], output: str, opts: list) -> list[Run]:
+    """Teacher first, then every row for the first seed, for the second, ..."""
+    teachers = [row for row in suite["rows"] if row.get("role") == "teacher"]
+    if len(teachers) > 1:
+        raise ConfigError("--suite: at most one row may have role teacher")
+    runs = [Run(row, None, suite, output, opts) for row in teachers]
+    extra, teacher = list(opts), None
+    if runs:
+        teacher = runs[0]
+        weights = os.path.join(runs[0].dir, "model_final.pth")
+        extra = ["KD.TEACHER.WEIGHTS", weights, *extra]
+    for seed in seeds:
+        for row in suite["rows"]:
+            if row.get("role") != "teacher":
+                runs.append(Run(row, seed, suite, output, extra, teacher))
+    return runs
+
+
+def write_report(suite: dict, runs: list[Run], output: str, command: str) -> dict:
+    """Write report.json, report.md and the pictures from the runs finished so far."""
+    rows, curves, detections = [], {}, {}
+    for row in suite["rows"]:
+        own = [run for run in runs if run.row is row and run.seconds() is not None]
+        if not own:
+            continue
+        name = row["name"]
+        seconds = [run.seconds() for run in own]
+        rows.append(
+            summarise(
+                name,
+                [last_metrics(run.dir) for run in own],
+                config=row["config"],
+                seconds_per_run=round(sum(seconds) / len(seconds), 1),
+            )
+        )
+        points = [
+            (line["iteration"] + 1, line["bbox/AP"])
+            for line in read_jsonl(os.path.join(own[0].dir, "metrics.json"))
+            if math.isfinite(line.get("bbox/AP", math.nan))
+        ]
+        curves[name] = points
+        inference = os.path.join(own[0].dir, "inference")
+        for folder in (os.path.join(inference, suite["dataset"]), inference):
+            file = os.path.join(folder, "coco_instances_results.json")
+            if os.path.isfile(file):
+                detections[name] = file
+                break
+    report = {
+        "title": suite.get("title", ""),
+        "dataset": suite["dataset"],
+        "command": command,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, "
+        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "rows": rows,
+    }
+    write_atomically(os.path.join(output, "report.json"), json.dumps(report, indent=2) + "\n")
+    baseline = suite.get("baseline")
+    text = (
+        f"# {report['title'] or 'Comparison'}\n\nAP on {report['dataset']}, mean over seeds with "
+        f"the sample deviation.\n\n{markdown_table(rows, baseline)}\n"
+        f"`{command}`\n\n{report['machine']}; {report['versions']}\n"
+    )
+    write_atomically(os.path.join(output, "report.md"), text)
+    if rows:
+        ap_bars(rows, os.path.join(output, "ap.png"), report["title"])
+    if any(len(points) > 1 for points in curves.values()):
+        ap_curves(curves, os.path.join(output, "curves.png"))
+    shown = [name for name in suite.get("show", detections) if name in detections]
+    if shown:
+        detections_side_by_side(
+            suite["dataset"],
+            {name: detections[name] for name in shown},
+            os.path.join(output, "detections.png"),
+        )
+    return report
+
+
+def main() -> None:
+    """Parse arguments, run what is missing, report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--suite", required=True, help="suite YAML file")
+    parser.add_argument("--output", required=True, help="folder for runs and reports")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--only", nargs="+", help="names of rows to run (the teacher always is)")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="-- KEY value ... for every run")
+    args = parser.parse_args()
+    opts = [item for item in args.opts if item != "--"]
+    with exit_on_user_error():
+        suite = read_suite(args.suite)
+        if args.only:
+            suite["rows"] = [
+                row
+                for row in suite["rows"]
+                if row["name"] in args.only or row.get("role") == "teacher"
+            ]
+        os.makedirs(args.output, exist_ok=True)
+        runs = make_runs(suite, args.seeds, args.output, opts)
+        register_configured(load_config(suite["rows"][0]["config"], [str(x) for x in opts]))
+        start = time.time()
+        command = shlex.join(["python", "tools/compare.py", *sys.argv[1:]])
+        for i, run in enumerate(runs, 1):
+            run.execute(f"{i}/{len(runs)}")
+            report = write_report(suite, runs[:i], args.output, command)
+        print(f"\n{markdown_table(report['rows'], suite.get('baseline'))}")
+        print(f"{time.time() - start:.0f} s; report and pictures in {args.output}")
+
+
+if __name__ == "__main__":
+    main()
