@@ -1,0 +1,1 @@
+from . import timm_fpn  # noqa: F401  (registers its backbones)
