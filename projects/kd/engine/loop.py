@@ -97,7 +97,7 @@ class TrainLoop(SimpleTrainer):
                 *(STEP, self.seed, self.iter, comm.get_rank(), micro_step),
                 cuda=self.device.type == "cuda",
             )
-            with self._exchange_gradients(micro_step == self.accum_steps - 1):
+            with self._exchange_gradients(micro_step == self.accum_steps - 1), self._repeatable():
                 for name, loss in self._backward(batch).items():
                     part = loss.detach().double() / self.accum_steps
                     losses[name] = losses[name] + part if name in losses else part
@@ -111,6 +111,14 @@ class TrainLoop(SimpleTrainer):
         if now or not isinstance(self.model, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.model.no_sync()
+
+    def _repeatable(self):
+        # TorchScript losses (fvcore's focal loss) change their backward formula after the first
+        # call of a process: a resumed run would differ in the last bits. Costs nothing on a CPU;
+        # on a GPU the fused kernels stay, as exactness is out of reach there anyway.
+        if self.device.type == "cpu":
+            return torch.jit.optimized_execution(False)
+        return contextlib.nullcontext()
 
     def _backward(self, batch) -> dict[str, torch.Tensor]:
         with torch.autocast(
