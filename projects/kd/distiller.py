@@ -66,8 +66,8 @@ class DistillMetaArch(nn.Module):
         teacher.tap(needed, compile_teacher)
         self._divisibility = common_divisibility(student.backbone, teacher.size_divisibility)
         self._strides = {name: s.stride for name, s in student.backbone.output_shape().items()}
-        self._seen_canvas: tuple[int, int] | None = None
-        student.backbone.register_forward_pre_hook(self._see_canvas)
+        self._canvas = _CanvasProbe()
+        student.backbone.register_forward_pre_hook(self._canvas)
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -123,10 +123,10 @@ class DistillMetaArch(nn.Module):
                 losses = self.student(batched_inputs)
             student = {name: self._taps[name] for name in self._taps.specs}
             self._taps.clear()
-        if self._seen_canvas != canvas:
+        if self._canvas.size != canvas:
             raise ConfigError(
                 f"MODEL.META_ARCHITECTURE {type(self.student).__name__} padded the batch to "
-                f"{self._seen_canvas}, the teacher saw {canvas}; it must pad as detectron2 does"
+                f"{self._canvas.size}, the teacher saw {canvas}; it must pad as detectron2 does"
             )
         return self._context(batched_inputs, sizes, canvas, student, teacher), losses
 
@@ -175,8 +175,18 @@ class DistillMetaArch(nn.Module):
             raise ConfigError(f"KD.HEADS: loss names also used by the student: {sorted(shared)}")
         return {**task, **distillation}
 
-    def _see_canvas(self, module, inputs) -> None:
-        self._seen_canvas = tuple(inputs[0].shape[-2:])
+
+class _CanvasProbe:
+    """Forward pre-hook that notes (height, width) of what a backbone got.
+
+    An object of its own: as a method of the wrapper it would tie every copy of the student (EMA)
+    to a copy of the wrapper.
+    """
+
+    size: tuple[int, int] | None = None
+
+    def __call__(self, module: nn.Module, inputs) -> None:
+        self.size = tuple(inputs[0].shape[-2:])
 
 
 def _scheduled(loss: torch.Tensor, factor: float) -> torch.Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,29 +103,25 @@ class FeatureTaps:
         self._values: dict[str, Any] = {}
         self._recording = False
         self._handles = [
-            root.get_submodule(path).register_forward_hook(self._hook(name))
+            root.get_submodule(path).register_forward_hook(functools.partial(self._keep, name))
             for name, path in self.paths.items()
         ]
 
-    def _hook(self, name: str):
+    # a bound method, not a closure: a deep copy of the detector then records into its own taps
+    def _keep(self, name: str, module: nn.Module, inputs, output) -> None:
         spec = self.specs[name]
-
-        def keep(module, inputs, output):
-            if not self._recording:
-                return
-            if not spec.every_call and name in self._values:
-                return
-            value = output if spec.select is None else spec.select(output)
-            if spec.every_call:
-                self._values.setdefault(name, []).append(value)
-            else:
-                self._values[name] = value
-
-        return keep
+        if not self._recording or (name in self._values and not spec.every_call):
+            return
+        value = output if spec.select is None else spec.select(output)
+        if spec.every_call:
+            self._values.setdefault(name, []).append(value)
+        else:
+            self._values[name] = value
 
     @contextlib.contextmanager
     def record(self):
         """Hooks keep outputs only inside this context (evaluation passes leave no trace)."""
+        self.clear()  # what a step left behind that ended in an exception
         self._recording = True
         try:
             yield self
