@@ -1,0 +1,63 @@
+"""Validity masks against brute force, and scalars that heads log."""
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+
+from projects.kd import DistillContext
+
+
+def make_context(sizes, canvas, strides, **kwargs):
+    features = {
+        level: torch.zeros(len(sizes), 1, -(-canvas[0] // stride), -(-canvas[1] // stride))
+        for level, stride in strides.items()
+    }
+    return DistillContext(
+        iteration=0,
+        image_sizes=sizes,
+        canvas=canvas,
+        gt=None,
+        student_features=features,
+        teacher_features=features,
+        strides=strides,
+        **kwargs,
+    )
+
+
+def test_masks_equal_a_loop_over_cells():
+    generator = torch.Generator().manual_seed(0)
+    strides = {"p3": 8, "p4": 16, "p7": 128}
+    for _ in range(20):
+        sizes = [tuple(x) for x in torch.randint(1, 200, (3, 2), generator=generator).tolist()]
+        canvas = tuple(-(-max(s[axis] for s in sizes) // 32) * 32 for axis in (0, 1))
+        ctx = make_context(sizes, canvas, strides)
+        for level, stride in strides.items():
+            mask = ctx.valid_mask(level)
+            n, _, rows, columns = ctx.student_features[level].shape
+            assert mask.shape == (n, 1, rows, columns) and mask.dtype == torch.bool
+            for image, (height, width) in enumerate(sizes):
+                for row in range(rows):
+                    for column in range(columns):
+                        # the cell's first pixel lies inside the image
+                        inside = row * stride < height and column * stride < width
+                        assert mask[image, 0, row, column] == inside
+
+
+def test_masks_are_computed_once():
+    ctx = make_context([(30, 40)], (32, 64), {"p3": 8})
+    assert ctx.valid_mask("p3") is ctx.valid_mask("p3")
+    assert ctx.stride("p3") == 8
+
+
+def test_an_unpadded_batch_is_valid_everywhere():
+    ctx = make_context([(64, 96)] * 2, (64, 96), {"p3": 8, "p7": 128})
+    assert ctx.valid_mask("p3").all() and ctx.valid_mask("p7").all()
+
+
+@pytest.mark.parametrize("value", [torch.tensor(2.5, requires_grad=True), 2.5])
+def test_scalars_are_logged_in_logging_iterations_only(value):
+    with EventStorage(0) as storage:
+        make_context([(8, 8)], (8, 8), {"p3": 8}).put_scalar("kd/x", value)
+        assert "kd/x" not in storage.histories()
+        make_context([(8, 8)], (8, 8), {"p3": 8}, log_scalars=True).put_scalar("kd/x", value)
+        assert storage.latest()["kd/x"][0] == 2.5

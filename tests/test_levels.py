@@ -1,0 +1,112 @@
+"""Pairing of levels, the shared canvas, and the padding of a batch."""
+
+import kd_models
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.structures import ImageList
+from torch import nn
+
+from projects.kd import ConfigError
+from projects.kd.levels import canvas_size, common_divisibility, padded_to, pair_levels
+
+
+class Backbone(nn.Module):
+    """Shapes without layers."""
+
+    def __init__(self, divisibility=32, **strides):
+        super().__init__()
+        self.size_divisibility = divisibility
+        self.strides = strides
+
+    def output_shape(self):
+        return {level: ShapeSpec(channels=8, stride=s) for level, s in self.strides.items()}
+
+
+@pytest.fixture(scope="module")
+def backbones():
+    return {
+        arch: kd_models.build(kd_models.tiny_cfg(arch)).backbone
+        for arch in ("RetinaNet", "GeneralizedRCNN")
+    }
+
+
+def test_equal_detectors_share_all_levels(backbones):
+    for arch, levels in (("RetinaNet", "34567"), ("GeneralizedRCNN", "23456")):
+        expected = {f"p{level}": f"p{level}" for level in levels}
+        pairs = pair_levels([], backbones[arch], backbones[arch])
+        assert pairs == expected
+        assert list(pairs) == list(expected), "finest first"
+
+
+def test_top_block_levels_of_different_kinds_are_not_paired(backbones):
+    # RetinaNet's p6 is a convolution of res5, R-CNN's p6 a subsampled p5
+    common = {"p3": "p3", "p4": "p4", "p5": "p5"}
+    assert pair_levels([], backbones["RetinaNet"], backbones["GeneralizedRCNN"]) == common
+    assert pair_levels([], backbones["GeneralizedRCNN"], backbones["RetinaNet"]) == common
+
+
+def test_pairs_go_by_stride_and_not_by_name():
+    student = Backbone(fine=4, coarse=16)
+    teacher = Backbone(p2=4, p3=8, p4=16)
+    assert pair_levels([], student, teacher) == {"fine": "p2", "coarse": "p4"}
+
+
+def test_level_map_wins_and_is_sorted_by_stride():
+    student, teacher = Backbone(p3=8, p4=16), Backbone(p2=4, p3=8, p4=16)
+    pairs = pair_levels([["p4", "p3"], ["p3", "p2"]], student, teacher)
+    assert list(pairs.items()) == [("p3", "p2"), ("p4", "p3")]
+
+
+@pytest.mark.parametrize(
+    ("level_map", "side", "level"),
+    [([["p9", "p3"]], "student", "p9"), ([["p3", "p8"]], "teacher", "p8")],
+)
+def test_unknown_levels_of_a_map_are_named(level_map, side, level):
+    with pytest.raises(ConfigError, match=rf"KD\.LEVEL_MAP: the {side} has no level {level}; .*p3"):
+        pair_levels(level_map, Backbone(p3=8), Backbone(p3=8))
+
+
+def test_no_shared_level_lists_both_sides():
+    with pytest.raises(ConfigError) as error:
+        pair_levels([], Backbone(p3=8), Backbone(res5=32))
+    for part in ("KD.LEVEL_MAP", "share no level", "p3 (stride 8)", "res5 (stride 32)"):
+        assert part in str(error.value)
+
+
+def test_canvas_is_the_one_of_image_list():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        sizes = [tuple(x) for x in torch.randint(1, 90, (3, 2), generator=generator).tolist()]
+        images = [torch.zeros(3, *size) for size in sizes]
+        for divisibility in (0, 1, 32, 48):
+            expected = ImageList.from_tensors(images, divisibility).tensor.shape[-2:]
+            assert canvas_size(sizes, divisibility) == tuple(expected)
+        square = ImageList.from_tensors(
+            images, 32, padding_constraints={"square_size": 128, "size_divisibility": 32}
+        )
+        assert canvas_size(sizes, 32, 128) == tuple(square.tensor.shape[-2:])
+
+
+def test_common_divisibility():
+    resizable = Backbone(32, p3=8)
+    resizable._size_divisibility = 32
+    assert common_divisibility(resizable, 48) == 96
+    assert common_divisibility(resizable, 1) == 32
+    assert common_divisibility(Backbone(0, p3=8), 1) == 1
+    assert common_divisibility(Backbone(32, p3=8), 16) == 32
+    with pytest.raises(ConfigError, match=r"KD\.TEACHER\.CONFIG_FILE.* 48.* 32"):
+        common_divisibility(Backbone(32, p3=8), 48)
+
+
+def test_padding_is_raised_inside_and_restored_after(backbones):
+    backbone = backbones["RetinaNet"]
+    assert backbone.size_divisibility == 32
+    with padded_to(backbone, 64):
+        assert backbone.size_divisibility == 64
+    assert backbone.size_divisibility == 32
+    with pytest.raises(ZeroDivisionError), padded_to(backbone, 64):
+        raise ZeroDivisionError
+    assert backbone.size_divisibility == 32
+    with padded_to(Backbone(32, p3=8), 32):
+        pass  # nothing to change, so a backbone without the attribute will do
