@@ -53,6 +53,7 @@ def add_kd_config(cfg: CN) -> None:
     """Add all keys of this project, with their defaults, to a detectron2 config."""
     _add_distillation_keys(cfg)
     _add_head_keys(cfg)
+    _add_icd_keys(cfg)
     _add_solver_keys(cfg)
     _add_backbone_keys(cfg)
     for hook in _CONFIG_HOOKS:
@@ -80,6 +81,9 @@ def _add_distillation_keys(cfg: CN) -> None:
     kd.START_ITER = 0
     kd.WARMUP_ITERS = 0
     kd.END_ITER = -1
+    # "Inheriting": parameters whose names start with one of these are copied from the teacher
+    # before the first iteration, where the shapes agree, e.g. ("backbone.fpn_", "head.").
+    kd.INIT_FROM_TEACHER = ()
     # Scalars that heads log are recorded every so many iterations.
     kd.LOG_PERIOD = 20
     # True: resume from a checkpoint without the state of the imitation heads (they start anew).
@@ -137,6 +141,41 @@ def _add_head_keys(cfg: CN) -> None:
     kd.CWD.TARGET = "features"
 
     kd.PKD = head_node(weight=6.0, mask_padding=False)
+
+
+def _add_icd_keys(cfg: CN) -> None:
+    cfg.KD.ICD = icd = head_node(weight=8.0, mask_padding=True)
+    # Width of queries, keys and values, and the attention heads that share it.
+    icd.DIM = 256
+    icd.HEADS = 8
+    # Decoder layers; the distillation term is their mean.
+    icd.LAYERS = 1
+    icd.FFN_DIM = 1024
+    # A query's centre is off by up to this fraction of the box's sides; less than 0.5.
+    icd.JITTER = 0.3
+    # Fake instances per real one, as long as an image has at most MAX_QUERIES of both; real ones
+    # are never dropped (an image with MAX_QUERIES objects gets no fake).
+    icd.NEGATIVES_PER_BOX = 5.0
+    icd.MAX_QUERIES = 300
+    # Where fakes come from: "dataset" = class frequencies and box sizes measured in DATASETS.TRAIN;
+    # "uniform" = all classes alike, sizes 0.2 +- 0.2 of the image.
+    icd.PRIORS = "dataset"
+    # In this many first iterations the distillation term trains the student's value projection only.
+    icd.DETACH_ITERS = 1000
+    # Weights of the distillation term: "decoder" = attention of the real instances; "uniform" and
+    # "fgfi" (mask of KD.FGFI) are the published ablation.
+    icd.ATTENTION = "decoder"
+    # Factors of the auxiliary tasks, which train the decoder: real or fake, and box sides.
+    icd.CONF_WEIGHT = 1.0
+    icd.BOX_WEIGHT = 1.0
+    # Optimizer of the decoder and of the student's value projection.
+    icd.OPTIMIZER = CN()
+    icd.OPTIMIZER.NAME = "AdamW"
+    icd.OPTIMIZER.BASE_LR = 1e-4
+    icd.OPTIMIZER.WEIGHT_DECAY = 1e-4
+    icd.OPTIMIZER.CLIP_NORM = 0.01  # of the total gradient norm; 0 = no clipping
+    icd.OPTIMIZER.LR_SCHEDULER_NAME = "WarmupCosineLR"
+    icd.OPTIMIZER.WARMUP_ITERS = 10
 
 
 def _add_solver_keys(cfg: CN) -> None:
