@@ -1,0 +1,123 @@
+#!/usr/bin/env python
+"""Write torchvision's ResNet weights under detectron2's names.
+
+    python tools/convert_torchvision_resnet.py resnet18 pretrained/resnet18_torchvision.pth
+    python tools/convert_torchvision_resnet.py resnet18 OUTPUT --weights resnet18-f37072fd.pth
+
+detectron2's zoo has ImageNet weights of ResNet-50 and deeper, torchvision of ResNet-18 and 34 too.
+Without ``--weights`` torchvision downloads its own ImageNet weights. A config that starts from the
+result needs RGB images with torchvision's statistics, and strides where torchvision has them::
+
+    MODEL:
+      WEIGHTS: "pretrained/resnet18_torchvision.pth"
+      PIXEL_MEAN: [123.675, 116.28, 103.53]
+      PIXEL_STD: [58.395, 57.12, 57.375]
+      RESNETS: {DEPTH: 18, RES2_OUT_CHANNELS: 64, STRIDE_IN_1X1: False}
+    INPUT:
+      FORMAT: "RGB"
+
+``RES2_OUT_CHANNELS: 64`` is for depths 18 and 34 only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import torch  # noqa: E402
+import torchvision  # noqa: E402
+
+from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
+from projects.kd.files import resolve_weights  # noqa: E402
+from projects.kd.weights import read_torch_file  # noqa: E402
+
+ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+
+def detectron2_name(name: str) -> str | None:
+    """detectron2's name of a tensor of a torchvision ResNet, None for the classifier.
+
+    ``layer2.0.bn1.bias`` becomes ``res3.0.conv1.norm.bias``, ``layer2.0.downsample.0.weight``
+    ``res3.0.shortcut.weight``.
+    """
+    if name.startswith("fc.") or name.endswith("num_batches_tracked"):
+        return None
+    if not name.startswith("layer"):
+        name = f"stem.{name}"
+    name = re.sub(r"^layer(\d)", lambda stage: f"res{int(stage[1]) + 1}", name)
+    name = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name)
+    return name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
+
+
+def convert(state: dict[str, torch.Tensor], architecture: str) -> dict:
+    """A checkpoint that detectron2 loads into any detector with this ResNet.
+
+    Args:
+        state: state dict of ``torchvision.models.<architecture>``.
+        architecture: one of ``ARCHITECTURES``.
+
+    Raises:
+        ConfigError: the tensors are not those of the architecture.
+    """
+    with torch.device("meta"):
+        expected = torchvision.models.get_model(architecture, weights=None).state_dict()
+    tensors = {name: value for name, value in state.items() if torch.is_tensor(value)}
+    wrong = [
+        name
+        for name, value in expected.items()
+        if detectron2_name(name) is not None
+        and (name not in tensors or tensors[name].shape != value.shape)
+    ]
+    wrong += [name for name in state if name not in expected]
+    if wrong:
+        raise ConfigError(
+            f"--weights: not a state dict of torchvision's {architecture}: "
+            f"{', '.join(wrong[:3])}{' ...' if wrong[3:] else ''}"
+        )
+    renamed = {detectron2_name(name): value.float() for name, value in tensors.items()}
+    renamed.pop(None, None)
+    # names are matched by their ends: "backbone.bottom_up." in FPN detectors, "backbone." in others
+    return {"model": renamed, "matching_heuristics": True, "__author__": "torchvision"}
+
+
+def read_state(architecture: str, path: str) -> dict:
+    """The state dict in ``path``, or torchvision's ImageNet weights where that is empty."""
+    if path:
+        state = read_torch_file(resolve_weights(path, "--weights"), "--weights")
+        if not isinstance(state, dict):
+            raise ConfigError(f"--weights: '{path}' does not hold a state dict")
+        return state
+    weights = torchvision.models.get_model_weights(architecture).IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{architecture}: '{os.path.basename(weights.url)}' could not be downloaded ({error}); "
+            "fetch it elsewhere and name it with --weights"
+        ) from error
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("architecture", choices=ARCHITECTURES)
+    parser.add_argument("output", help="file to write (.pth)")
+    parser.add_argument("--weights", default="", help="file with torchvision's state dict")
+    args = parser.parse_args(argv)
+    if not args.output.endswith(".pth"):
+        raise ConfigError(f"output: '{args.output}' must end in .pth")
+    checkpoint = convert(read_state(args.architecture, args.weights), args.architecture)
+    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
+    torch.save(checkpoint, args.output)
+    print(f"{args.output}: {len(checkpoint['model'])} tensors")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()
