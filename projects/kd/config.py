@@ -160,7 +160,7 @@ def _add_icd_keys(cfg: CN) -> None:
     # Where fakes come from: "dataset" = class frequencies and box sizes measured in DATASETS.TRAIN;
     # "uniform" = all classes alike, sizes 0.2 +- 0.2 of the image.
     icd.PRIORS = "dataset"
-    # In this many first iterations the distillation term trains the student's value projection only.
+    # First iterations in which the distillation term trains the student's value projection only.
     icd.DETACH_ITERS = 1000
     # Weights of the distillation term: "decoder" = attention of the real instances; "uniform" and
     # "fgfi" (mask of KD.FGFI) are the published ablation.
@@ -233,7 +233,9 @@ class _ConfigFile(CN):
         return super().load_yaml_with_base(filename, allow_unsafe=is_zoo_config(filename))
 
 
-def load_config(config_file: str, opts: Sequence = ()) -> CN:
+def load_config(
+    config_file: str, opts: Sequence = (), source: str = "command line overrides"
+) -> CN:
     """Load a YAML config with this project's keys.
 
     Imports the modules of KD.IMPORTS first (from the file or from ``opts``), so that they can
@@ -242,6 +244,7 @@ def load_config(config_file: str, opts: Sequence = ()) -> CN:
     Args:
         config_file: path, or ``model_zoo://`` name of a detectron2 config.
         opts: ``["KEY", value, ...]`` overrides, as on the command line.
+        source: where ``opts`` come from, for messages.
 
     Returns:
         An unfrozen config. MODEL.DEVICE "cuda" becomes "cpu" on a machine without a GPU.
@@ -252,13 +255,13 @@ def load_config(config_file: str, opts: Sequence = ()) -> CN:
     path = resolve_config(config_file)
     opts = list(opts)
     if len(opts) % 2:
-        raise ConfigError(f"overrides come in pairs KEY VALUE; got an odd number: {opts}")
+        raise ConfigError(f"{source}: they come in pairs KEY VALUE, here is an odd number: {opts}")
     raw = read_yaml(path)
     _import_modules(_early_imports(raw, opts), path)
     cfg = get_cfg()
     add_kd_config(cfg)
     merge_config(cfg, raw, path)
-    merge_overrides(cfg, opts)
+    merge_overrides(cfg, opts, source)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
         logger.warning("No GPU found: MODEL.DEVICE is cpu")
