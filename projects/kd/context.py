@@ -93,6 +93,14 @@ class DistillContext:
             self._masks[level] = (y[:, :, None] & x[:, None, :])[:, None]
         return self._masks[level]
 
+    def has_padding(self, level: str) -> bool:
+        """Whether :meth:`valid_mask` is False anywhere; costs no transfer from the device."""
+        rows, columns = self.student_features[level].shape[-2:]
+        stride = self.strides[level]
+        return any(
+            h <= (rows - 1) * stride or w <= (columns - 1) * stride for h, w in self.image_sizes
+        )
+
     def put_scalar(self, name: str, value: torch.Tensor | float) -> None:
         """Log a scalar, at KD.LOG_PERIOD only (reading a tensor waits for the device)."""
         if self.log_scalars:

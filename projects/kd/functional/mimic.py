@@ -24,9 +24,9 @@ def mimic_loss(
     Returns:
         Scalar.
     """
-    squared = (student - teacher).square()
+    difference = student - teacher
     if mask is None:
-        return squared.mean()
-    # masked_fill and not a product: a masked cell may hold inf or NaN
-    squared = squared.masked_fill(~mask, 0.0)
+        return difference.square().mean()
+    # masked_fill before the square: a masked cell may hold inf or NaN, in the gradient as well
+    squared = difference.masked_fill(~mask, 0.0).square()
     return squared.sum() / (mask.sum().clamp(min=1) * student.shape[1])

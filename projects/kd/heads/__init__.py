@@ -1,12 +1,13 @@
 """Imitation heads; importing this package registers them."""
 
-from . import mimic  # noqa: F401
+from . import cwd, fgfi, mimic, pkd  # noqa: F401
 from .base import (
     IMITATION_HEAD_REGISTRY,
     ImitationHead,
     build_adapters,
     build_imitation_heads,
     choose_levels,
+    mean_over_ranks,
 )
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "build_adapters",
     "build_imitation_heads",
     "choose_levels",
+    "mean_over_ranks",
 ]

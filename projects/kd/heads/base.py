@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+from detectron2.utils import comm
 from detectron2.utils.registry import Registry
 from torch import nn
 
@@ -77,19 +78,40 @@ class ImitationHead(nn.Module):
 
         Returns:
             (N, C, H, W) student features through ``adapter``, (N, C_teacher, H, W) teacher
-            features, and the (N, 1, H, W) validity mask, None without ``mask_padding``.
+            features, and the (N, 1, H, W) validity mask: None without ``mask_padding``, and where
+            the level has no padding.
         """
-        student = ctx.student_features[level].float()
-        teacher = align_spatial(ctx.teacher_features[level].float(), student)
-        mask = ctx.valid_mask(level) if self.mask_padding else None
+        features = ctx.student_features[level], ctx.teacher_features[level]
+        student, teacher, mask = self.align(ctx, level, *features)
+        if adapter is None or isinstance(adapter, nn.Identity):
+            return student, teacher, mask
         if mask is not None:
             # zeroed before a convolution looks across the border of the valid area
             student = student.masked_fill(~mask, 0.0)
-        return student if adapter is None else adapter(student), teacher, mask
+        return adapter(student), teacher, mask
+
+    def align(self, ctx: DistillContext, level: str, student: torch.Tensor, teacher: torch.Tensor):
+        """:meth:`pair` for any two maps (N, C, H, W) of a level, e.g. logits."""
+        mask = ctx.valid_mask(level) if self.mask_padding and ctx.has_padding(level) else None
+        student = student.float()
+        return student, align_spatial(teacher.float(), student), mask
 
     def extra_repr(self) -> str:
         """Levels and weight in ``print(model)``."""
         return f"levels={self.levels}, weight={self.weight}, mask_padding={self.mask_padding}"
+
+
+def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over all processes (itself in a single one); carries no gradient.
+
+    A loss divided by the mean of the processes' normalisers has, after DDP has averaged gradients,
+    the gradient of the sum over all processes divided by the sum of the normalisers.
+    """
+    if comm.get_world_size() == 1:
+        return value.detach()
+    total = value.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total / comm.get_world_size()
 
 
 def head_name(cls: type) -> str:

@@ -36,9 +36,7 @@ class Mimic(ImitationHead):
         if cfg.KD.MIMIC.MASK not in MASKS:
             raise ConfigError(f"KD.MIMIC.MASK: '{cfg.KD.MIMIC.MASK}' is not one of {MASKS}")
         kwargs["mask"] = cfg.KD.MIMIC.MASK
-        kwargs["adapters"] = build_adapters(
-            cfg.KD.ADAPTER.TYPE, kwargs["levels"], student, teacher
-        )
+        kwargs["adapters"] = build_adapters(cfg.KD.ADAPTER.TYPE, kwargs["levels"], student, teacher)
         return kwargs
 
     def forward(self, ctx: DistillContext) -> dict[str, torch.Tensor]:
