@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import os
 from importlib import resources
+from urllib.parse import urlparse
 
 from .errors import ConfigError
 
@@ -94,7 +95,7 @@ def _cache_path(url: str) -> str:
     for prefix in _ZOO_WEIGHT_PREFIXES[:1]:
         if url.startswith(prefix):
             url = Detectron2Handler.S3_DETECTRON2_PREFIX + url[len(prefix) :]
-    return os.path.join(get_cache_dir(), url.split("://", 1)[1])
+    return os.path.join(get_cache_dir(), urlparse(url).path.lstrip("/"))
 
 
 def is_zoo_file(name: str) -> bool:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
 from .config import load_config
@@ -178,7 +178,7 @@ def build_teacher(cfg) -> Teacher:
     path = resolve_config(node.CONFIG_FILE, "KD.TEACHER.CONFIG_FILE")
     read = _read_lazy if path.endswith(".py") else _read_yaml
     model, teacher_cfg, weights, input_format, datasets = read(cfg, path)
-    if node.CONFIG_FILE.startswith(MODEL_ZOO_PREFIX):
+    if node.CONFIG_FILE.startswith(MODEL_ZOO_PREFIX) and "MODEL.WEIGHTS" not in node.OPTS:
         weights = zoo_weights_url(node.CONFIG_FILE) or weights
     weights = node.WEIGHTS or weights
     if weights:
@@ -205,8 +205,13 @@ def build_teacher(cfg) -> Teacher:
 
 
 def _read_yaml(cfg, path: str):
-    teacher_cfg = load_config(path, cfg.KD.TEACHER.OPTS)
+    teacher_cfg = load_config(path, cfg.KD.TEACHER.OPTS, "KD.TEACHER.OPTS")
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
+    if teacher_cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
+        raise ConfigError(
+            f"KD.TEACHER.CONFIG_FILE: '{path}' has the MODEL.META_ARCHITECTURE "
+            f"'{teacher_cfg.MODEL.META_ARCHITECTURE}', which is not registered (KD.IMPORTS)"
+        )
     teacher_cfg.freeze()
     model = build_model(teacher_cfg)
     weights = teacher_cfg.MODEL.WEIGHTS
@@ -214,9 +219,9 @@ def _read_yaml(cfg, path: str):
 
 
 def _read_lazy(cfg, path: str):
-    lazy = LazyConfig.load(path)
     opts = list(cfg.KD.TEACHER.OPTS)
     try:
+        lazy = LazyConfig.load(path)
         overrides = [f"{key}={value}" for key, value in zip(opts[::2], opts[1::2], strict=True)]
         lazy = LazyConfig.apply_overrides(lazy, overrides)
         model = instantiate(lazy.model).to(cfg.MODEL.DEVICE)
