@@ -27,7 +27,7 @@ LAYER_NORM_EPS = 1e-5
 # crowded images need no more memory than sparse ones.
 PIECE = {"cpu": 2**18}
 LARGE_PIECE = 2**23  # on devices that want large kernels
-LOGITS = 2**22  # attention logits of one head that exist at a time
+LOGITS = 2**21  # attention logits of one head that exist at a time
 
 _SIZE_LIMITS = (2e-3, 0.7)  # relative sides of a fake
 _CENTRE_LIMITS = (0.03, 0.97)  # relative centre of a fake
@@ -239,8 +239,8 @@ def value_distance(
 
     ``mean_m sum_l w[m, l] e[m, l] / max(sum_l w[m, l], 1e-6)`` with
     ``e = mean over d of (norm(s) - norm(t))^2``, eps 1e-5. Up to eps, e is 2 (1 - r), r being
-    Pearson's correlation over the d channels (derived): it lies in [0, 4] and any affine change of
-    a token's values that keeps their order of sign costs nothing. The eps makes it smaller by a
+    Pearson's correlation over the d channels (derived): it lies in [0, 4] and scaling or
+    shifting a token's values costs nothing. The eps makes it smaller by a
     relative ``eps / variance``, about.
 
     The sum runs over pieces of tokens, forward and backward, with the gradient in closed form, so
@@ -259,37 +259,45 @@ def value_distance(
 
 
 class _ValueDistance(torch.autograd.Function):
+    """With s' and t' the normalised values and c = mean(s' t'): the gradient of e over s is
+    ``2 / (d sigma_s) (s' (1 - mean(s'^2) + c) - t')``, a linear function of s and t."""
+
     @staticmethod
     def forward(ctx, student, teacher, weights):
         share = weights / (weights.sum(1, keepdim=True).clamp(min=1e-6) * len(weights))
-        share = share.T.contiguous()
-        ctx.save_for_backward(student, teacher, share)
+        share = share.T[..., None].contiguous()
         total = student.new_zeros(())
+        kept = []
         for part in _pieces(student):
-            s, t = (_normalise(x[part])[0] for x in (student, teacher))
-            total += torch.dot(s.sub_(t).square_().mean(2).flatten(), share[part].flatten())
+            s, *ours = _normalise(student[part])
+            t, *theirs = _normalise(teacher[part])
+            distance = s.sub_(t).square_().mean(2, keepdim=True)
+            total += torch.dot(distance.flatten(), share[part].flatten())
+            kept.append(torch.cat([*ours, *theirs, distance], dim=2))
+        ctx.save_for_backward(student, teacher, share, torch.cat(kept))
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        student, teacher, share = ctx.saved_tensors
+        student, teacher, share, kept = ctx.saved_tensors
+        mean, inverse, mean_t, inverse_t, distance = kept.split(1, dim=2)
+        # mean(s'^2) = 1 - eps / (var + eps), and distance = mean(s'^2) + mean(t'^2) - 2 c
+        eps = LAYER_NORM_EPS
+        along = (eps * (inverse_t.square() - inverse.square()) + distance) / 2  # mean(s'^2) - c
+        factor = share * inverse * (gradient * (2 / student.shape[2]))
+        of_student, of_teacher = factor * inverse * (1 - along), -factor * inverse_t
+        constant = -(of_student * mean + of_teacher * mean_t)
         result = torch.empty_like(student)
-        factor = share * (gradient * (2 / student.shape[2]))
         for part in _pieces(student):
-            s, deviation = _normalise(student[part])
-            difference = s - _normalise(teacher[part])[0]
-            # the backward pass of a layer norm; the mean of ``difference`` over d is 0
-            along = (difference * s).mean(2, keepdim=True)
-            difference.sub_(s.mul_(along))
-            torch.mul(difference, factor[part][..., None] * deviation, out=result[part])
+            torch.mul(student[part], of_student[part], out=result[part])
+            result[part].addcmul_(teacher[part], of_teacher[part]).add_(constant[part])
         return result, None, None
 
 
-def _normalise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer norm of the last axis, and the reciprocal deviation (..., 1)."""
-    normal, _, deviation = torch.native_layer_norm(x, x.shape[-1:], None, None, LAYER_NORM_EPS)
-    return normal, deviation
+def _normalise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The layer norm of the last axis, the mean (..., 1) and the reciprocal deviation (..., 1)."""
+    return torch.native_layer_norm(x, x.shape[-1:], None, None, LAYER_NORM_EPS)
 
 
 def _pieces(values: torch.Tensor):
