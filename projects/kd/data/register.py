@@ -1,5 +1,113 @@
-"""Registration of the built-in data sets."""
+"""Registration of data sets: the built-in one on import, those of KD.DATASETS from a config.
 
+A data set named in the config needs no Python: class names, keypoint names, left/right pairs and
+the skeleton are read from the annotation file's categories.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Sequence
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ..errors import ConfigError
+from .check import inspect_annotations, load_checked
 from .shapes import register_shapes
 
+_LIMB_COLOURS = [(255, 128, 0), (0, 128, 255), (0, 200, 80), (230, 60, 160), (150, 90, 255)]
+_configured: dict[str, tuple[str, str]] = {}  # name -> (json file, image folder)
+_logger = logging.getLogger(__name__)
+
 register_shapes()
+
+
+def register_configured(cfg) -> None:
+    """Register each ``[name, json file, image folder]`` of ``cfg.KD.DATASETS``.
+
+    Paths may be relative to the working directory and may hold ``~`` and ``$VARIABLES``. Doing it
+    again with the same entries changes nothing. Annotations are checked here, image files when the
+    data set is loaded.
+
+    Raises:
+        ConfigError: a malformed entry, a missing annotation file, or a name that already stands
+            for another data set.
+        DataError: see :func:`~projects.kd.data.check.inspect_annotations`.
+    """
+    for entry in cfg.KD.DATASETS:
+        parts = list(entry) if isinstance(entry, (list, tuple)) else [entry]
+        if len(parts) != 3 or not all(isinstance(part, str) and part for part in parts):
+            raise ConfigError(f"KD.DATASETS: {entry} is not [name, json file, image folder]")
+        register_coco_data(parts[0], _expand(parts[1]), _expand(parts[2]))
+
+
+def register_coco_data(name: str, json_file: str, image_root: str) -> None:
+    """Register one COCO-format data set; see :func:`register_configured`."""
+    if _configured.get(name) == (json_file, image_root):
+        return
+    if name in _configured:
+        raise ConfigError(
+            f"KD.DATASETS: '{name}' is registered with {' and '.join(_configured[name])} already, "
+            f"now it comes with {json_file} and {image_root}: give one of them another name"
+        )
+    if name in DatasetCatalog.list():
+        raise ConfigError(f"KD.DATASETS: '{name}' is an existing data set: choose another name")
+    if not os.path.isfile(json_file):
+        raise ConfigError(f"KD.DATASETS: '{name}': there is no annotation file {json_file}")
+    metadata = _metadata(inspect_annotations(json_file).categories, json_file)
+    DatasetCatalog.register(name, lambda: load_checked(json_file, image_root, name))
+    MetadataCatalog.get(name).set(
+        evaluator_type="coco", json_file=json_file, image_root=image_root, **metadata
+    )
+    _configured[name] = (json_file, image_root)
+
+
+def is_configured(name: str) -> bool:
+    """True for data sets of KD.DATASETS."""
+    return name in _configured
+
+
+def keypoint_flip_map(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of names that a horizontal flip swaps: left_eye/right_eye, L-hip/R-hip, ..."""
+    pairs = []
+    for name in names:
+        other = re.sub("left", "right", name)
+        other = re.sub("Left", "Right", re.sub("LEFT", "RIGHT", other))
+        other = re.sub(r"(?<![a-zA-Z])l(?![a-zA-Z])", "r", other)
+        other = re.sub(r"(?<![a-zA-Z])L(?![a-zA-Z])", "R", other)
+        if other != name and other in names:
+            pairs.append((name, other))
+    return pairs
+
+
+def _expand(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(os.path.expandvars(path)))
+
+
+def _metadata(categories: list[dict], json_file: str) -> dict:
+    """detectron2 metadata of COCO categories, which come by ascending id."""
+    metadata = {
+        "thing_classes": [category["name"] for category in categories],
+        "thing_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(categories)},
+    }
+    with_keypoints = [category for category in categories if category.get("keypoints")]
+    if not with_keypoints:
+        return metadata
+    names = list(with_keypoints[0]["keypoints"])
+    if any(list(category["keypoints"]) != names for category in with_keypoints):
+        _logger.warning(
+            f"{json_file}: categories differ in their keypoints; keypoints are not registered"
+        )
+        return metadata
+    skeleton = with_keypoints[0].get("skeleton") or []
+    return metadata | {
+        "keypoint_names": names,
+        "keypoint_flip_map": keypoint_flip_map(names),
+        "keypoint_connection_rules": [
+            (names[a - 1], names[b - 1], _LIMB_COLOURS[i % len(_LIMB_COLOURS)])
+            for i, (a, b) in enumerate(skeleton)
+            if 1 <= min(a, b) and max(a, b) <= len(names)
+        ],
+    }

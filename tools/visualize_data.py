@@ -1,0 +1,101 @@
+#!/usr/bin/env python
+"""Draw a contact sheet of a data set's ground truth: boxes, masks, keypoints and class names.
+
+    python tools/visualize_data.py --dataset shapes_train --output sheet.png
+    python tools/visualize_data.py --dataset my_train --config-file my.yaml --output sheet.png
+
+With --config-file, the data sets of its KD.DATASETS and KD.IMPORTS can be shown as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import matplotlib  # noqa: E402
+import numpy as np  # noqa: E402
+
+matplotlib.use("Agg")
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
+from detectron2.data.detection_utils import read_image  # noqa: E402
+from detectron2.utils.visualizer import Visualizer  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from projects.kd.config import load_config  # noqa: E402
+from projects.kd.data.mapper import NamedErrors  # noqa: E402
+from projects.kd.data.register import register_configured  # noqa: E402
+from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
+
+
+def draw(entry: dict, metadata, size: int, semantic: bool) -> np.ndarray:
+    """One image with its ground truth, (size, size, 3) uint8 RGB, filled up with grey."""
+    image = NamedErrors(lambda d: read_image(d["file_name"], "RGB"))(entry)
+    scale = size / max(image.shape[:2])
+    wanted = "sem_seg_file_name" if semantic else "annotations"
+    if semantic and wanted not in entry:
+        raise ConfigError(f"--semantic: there is no semantic map for {entry['file_name']}")
+    visualizer = Visualizer(image, metadata, scale=scale)
+    drawn = visualizer.draw_dataset_dict({wanted: entry.get(wanted)}).get_image()
+    canvas = np.full((size, size, 3), 128, np.uint8)
+    height, width = (min(n, size) for n in drawn.shape[:2])
+    canvas[:height, :width] = drawn[:height, :width]
+    return canvas
+
+
+def contact_sheet(name: str, num: int, columns: int, size: int, semantic: bool) -> np.ndarray:
+    """``num`` images, evenly spaced over the data set, in rows of ``columns``; uint8 RGB."""
+    entries = DatasetCatalog.get(name)
+    if not entries:
+        raise ConfigError(f"--dataset: '{name}' has no images")
+    chosen = np.linspace(0, len(entries) - 1, min(num, len(entries))).round().astype(int)
+    metadata = MetadataCatalog.get(name)
+    cells = [draw(entries[i], metadata, size, semantic) for i in chosen]
+    cells += [np.full_like(cells[0], 255)] * (-len(cells) % columns)
+    rows = [np.concatenate(cells[i : i + columns], axis=1) for i in range(0, len(cells), columns)]
+    return np.concatenate(rows)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("has to be 1 or more")
+    return value
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", required=True, help="a registered data set")
+    parser.add_argument("--output", required=True, help="the picture to write (.png or .jpg)")
+    parser.add_argument("--num", type=_positive, default=12, help="number of images")
+    parser.add_argument("--columns", type=_positive, default=4)
+    parser.add_argument("--size", type=_positive, default=400, help="pixels of a cell's side")
+    parser.add_argument("--semantic", action="store_true", help="the semantic map instead")
+    parser.add_argument("--config-file", default="", help="config with KD.DATASETS or KD.IMPORTS")
+    parser.add_argument("opts", nargs="*", help="config overrides: KEY VALUE ...")
+    args = parser.parse_args(argv)
+    if args.opts and not args.config_file:
+        parser.error("overrides need --config-file")
+    if args.config_file:
+        register_configured(load_config(args.config_file, args.opts))
+    if args.dataset not in DatasetCatalog.list():
+        near = difflib.get_close_matches(args.dataset, DatasetCatalog.list(), n=3, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ConfigError(f"--dataset: '{args.dataset}' is not registered{hint}")
+    sheet = contact_sheet(args.dataset, args.num, args.columns, args.size, args.semantic)
+    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
+    try:
+        Image.fromarray(sheet).save(args.output)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--output: {args.output} cannot be written: {error}") from error
+    print(f"{args.output}: {sheet.shape[1]}x{sheet.shape[0]} pixels of {args.dataset}")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()
