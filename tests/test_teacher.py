@@ -327,7 +327,6 @@ def test_broken_lazy_configs_end_in_one_line(tmp_path, text):
 
 def test_square_inputs_are_refused():
     model = kd_models.build(kd_models.tiny_cfg())
-    type(model.backbone).padding_constraints.fget  # FPN gives it as a property
     model.backbone._square_pad = 128
     with pytest.raises(ConfigError, match=r"KD\.TEACHER\.CONFIG_FILE.*128"):
         Teacher(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
@@ -52,19 +53,26 @@ class SafeCheckpointer(DetectionCheckpointer):
         return super().load(path, *args, **kwargs)
 
     def _load_file(self, filename):
-        if not filename.endswith(".pkl"):
-            return super()._load_file(filename)
-        if not self._trusted():
+        if filename.endswith(".pkl") and not self._trusted():
             raise ConfigError(
                 f"{self.key}: '{self._name}' is a pickle file, reading it runs code from the "
                 "file; set KD.ALLOW_PICKLE True if you trust it"
             )
         try:
-            return super()._load_file(filename)
-        except (pickle.UnpicklingError, EOFError, ValueError, AttributeError) as error:
+            loaded = super()._load_file(filename)
+        except ConfigError:
+            raise
+        except Exception as error:  # unpickling a torn file can raise anything
             raise ConfigError(
-                f"{self.key}: '{self._name}' is truncated or not a pickle file ({error})"
+                f"{self.key}: '{self._name}' is truncated or not a checkpoint ({error})"
             ) from error
+        state = loaded["model"]
+        arrays = (torch.Tensor, np.ndarray)
+        if not (isinstance(state, dict) and all(isinstance(x, arrays) for x in state.values())):
+            raise ConfigError(
+                f"{self.key}: '{self._name}' holds no state dict (names to arrays) under 'model'"
+            )
+        return loaded
 
     def _trusted(self) -> bool:
         return self.allow_pickle or is_zoo_file(self._name)
