@@ -72,14 +72,12 @@ def build_train_loader(
     )
     if isinstance(images, list):
         images = DatasetFromList(images, copy=False)
-    workers = cfg.DATALOADER.NUM_WORKERS
     return TrainLoader(
         DataLoader(
             SeededDataset(images, mapper or build_train_mapper(cfg), seed, comm.get_rank()),
             batch_sampler=batches,
-            num_workers=workers,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
             collate_fn=list,
-            persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu",
         )
     )
@@ -92,12 +90,19 @@ class TrainLoader:
         self.batches = batches
 
     def __iter__(self) -> Iterator[list[dict]]:
-        """Batches from the place where the sampler starts; each call starts there again."""
-        for batch in self.batches:
-            for item in batch:
-                if isinstance(item, DataError):
-                    raise item
-            yield batch
+        """Batches from the place where the sampler starts; each call starts there again.
+
+        The stream has no end, so its workers live as long as the iterator does.
+        """
+        stream = iter(self.batches)
+        try:
+            for batch in stream:
+                for item in batch:
+                    if isinstance(item, DataError):
+                        raise item
+                yield batch
+        finally:
+            del stream  # ends the workers; left to the garbage collector that takes 5 s for each
 
 
 class SeededDataset(Dataset):
@@ -123,18 +128,21 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict | DataError:
         position, index = key
-        for attempt in range(len(self.images)):
-            seed_generators(IMAGE, self.seed, self.rank, position, attempt)
+        refused: set[int] = set()
+        while len(refused) < len(self.images):
+            seed_generators(IMAGE, self.seed, self.rank, position, len(refused))
             try:
                 example = self.mapper(self.images[index])
             except DataError as error:
                 return error
             if example is not None:
                 return example
-            if attempt == 2:
-                logger.warning(f"the mapper refused {attempt + 1} images in a row, last {index}")
-            choice = random.Random(f"{self.seed} {self.rank} {position} {attempt}")
-            index = choice.randrange(len(self.images))
+            refused.add(index)
+            if len(refused) == 3:
+                logger.warning(f"the mapper refused {len(refused)} images in a row, last {index}")
+            choice = random.Random(f"{self.seed} {self.rank} {position} {len(refused)}")
+            while index in refused and len(refused) < len(self.images):
+                index = choice.randrange(len(self.images))
         return DataError("DATASETS.TRAIN: the mapper refuses the images (it returns None)")
 
 
@@ -209,7 +217,7 @@ def build_sampler(cfg: CfgNode, images: Sequence[dict], seed: int) -> Sampler:
     if name == "TrainingSampler":
         return TrainingSampler(len(images), seed=seed)
     if name == "RandomSubsetTrainingSampler":
-        ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+        ratio = cfg.DATALOADER.get("RANDOM_SUBSET_RATIO", 1.0)
         return RandomSubsetTrainingSampler(len(images), ratio, seed_shuffle=seed, seed_subset=seed)
     if name == "RepeatFactorTrainingSampler":
         return RepeatFactorTrainingSampler(_rarity(cfg, images), seed=seed)
@@ -230,7 +238,8 @@ def _rarity(cfg: CfgNode, images: Sequence[dict]) -> torch.Tensor:
 
 def _weights(cfg: CfgNode) -> tuple[torch.Tensor, list]:
     """Per image the DATASETS.TRAIN_REPEAT_FACTOR of its data set, and the data sets."""
-    factors = dict(cfg.DATASETS.TRAIN_REPEAT_FACTOR)
+    # detectron2 reads this key and RANDOM_SUBSET_RATIO without having them in its defaults
+    factors = dict(cfg.DATASETS.get("TRAIN_REPEAT_FACTOR", ()))
     unknown = set(factors) - set(cfg.DATASETS.TRAIN)
     if unknown:
         raise ConfigError(f"DATASETS.TRAIN_REPEAT_FACTOR: {sorted(unknown)} not in DATASETS.TRAIN")
