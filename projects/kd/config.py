@@ -23,7 +23,7 @@ _CONFIG_HOOKS: list[Callable[[CN], None]] = []
 
 
 def register_config(function: Callable[[CN], None]) -> Callable[[CN], None]:
-    """Decorator for users' packages: ``function(cfg)`` adds their own keys before YAML is merged."""
+    """Decorator for users' packages: ``function(cfg)`` adds their keys before YAML is merged."""
     if function not in _CONFIG_HOOKS:
         _CONFIG_HOOKS.append(function)
     return function
@@ -304,13 +304,13 @@ def _message(error: BaseException) -> str:
 
 
 def _early_imports(raw: CN, opts: Sequence) -> tuple[str, ...]:
-    probe = CN({"KD": {"IMPORTS": ()}})
-    if "KD.IMPORTS" in opts:
-        probe.merge_from_list(["KD.IMPORTS", opts[list(opts).index("KD.IMPORTS") + 1]])
-        value = probe.KD.IMPORTS
-    else:
-        value = raw.get("KD", CN()).get("IMPORTS", ())
-    return (value,) if isinstance(value, str) else tuple(value)
+    kd = raw.get("KD")
+    value = kd.get("IMPORTS", ()) if isinstance(kd, dict) else ()
+    value = dict(zip(opts[::2], opts[1::2], strict=True)).get("KD.IMPORTS", value)
+    names = CN._decode_cfg_value(value)  # YAML reads a tuple as a string
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"KD.IMPORTS is {value}: write a tuple of modules, ('package.module',)")
+    return tuple(names)
 
 
 def _import_modules(names: Sequence[str], path: str) -> None:
