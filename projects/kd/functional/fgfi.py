@@ -18,9 +18,12 @@ import torch.nn.functional as F
 
 from .precision import full_precision
 
-# A piece of work must fit the cache: measured on a CPU, larger pieces are slower.
-PIECE_BYTES = 8 * 2**20
-_BYTES_OF_ROW = 250  # temporaries for one row of cells in _mark_rows
+# Bound of the temporaries of grid_masks, reckoned as if each box selected all rows of all levels.
+GRID_PIECE_BYTES = 32 * 2**20
+_BYTES_OF_ROW = 250
+# anchor_masks reads its temporaries over and over: on a CPU pieces that fit the cache are faster
+# (one box at a time for 200,000 anchors).
+ANCHOR_PIECE_BYTES = 8 * 2**20
 
 
 class AnchorGrid(NamedTuple):
@@ -44,7 +47,7 @@ def grid_masks(
     grids: Sequence[AnchorGrid],
     psi: float = 0.5,
     per_level: bool = False,
-    piece_bytes: int = PIECE_BYTES,
+    piece_bytes: int = GRID_PIECE_BYTES,
 ) -> list[torch.Tensor]:
     """Imitation masks for anchors on regular grids.
 
@@ -205,9 +208,9 @@ def anchor_masks(
     sizes: Sequence[tuple[int, int]],
     psi: float = 0.5,
     per_level: bool = False,
-    piece_bytes: int = PIECE_BYTES,
+    piece_bytes: int = ANCHOR_PIECE_BYTES,
 ) -> list[torch.Tensor]:
-    """:func:`grid_masks` for any anchors, by computing every IoU in float64.
+    """:func:`grid_masks` for any anchors, by computing every IoU in the anchors' precision.
 
     Args:
         boxes: per image (M_i, 4).
@@ -219,13 +222,13 @@ def anchor_masks(
         Per level (N, H, W) bool.
     """
     lengths = [len(a) for a in anchors]
-    flat = torch.cat([a.to(torch.float64) for a in anchors])
+    flat = torch.cat(list(anchors))
     x1, y1, x2, y2 = flat.T
     area = (x2 - x1) * (y2 - y1)
     found = torch.zeros(len(boxes), len(flat), dtype=torch.bool, device=flat.device)
     piece = max(1, piece_bytes // max(1, len(flat) * 4 * flat.element_size()))
     for image, own in enumerate(boxes):
-        for part in own.to(torch.float64).split(piece) if len(own) else ():
+        for part in own.to(flat.dtype).split(piece) if len(own) else ():
             low_x, low_y, high_x, high_y = part.T[..., None]
             shared = _overlap(low_x, high_x, x1, x2).mul_(_overlap(low_y, high_y, y1, y2))
             iou = shared / ((high_x - low_x) * (high_y - low_y) + area - shared)
