@@ -22,13 +22,14 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
-from projects.kd.data.register import register_configured
 
 from projects.kd import check_config, load_config
+from projects.kd.data.register import register_configured
 from projects.kd.engine.checkpoint import DistillCheckpointer, output_checkpoint
 from projects.kd.engine.launch import argument_parser, launch_training
 from projects.kd.engine.trainer import DistillTrainer
 from projects.kd.errors import ConfigError, exit_on_user_error
+from projects.kd.evaluation import evaluate
 
 logger = logging.getLogger("detectron2.train_net")
 
@@ -66,18 +67,9 @@ def setup(args) -> CfgNode:
 
 def test_with_tta(cfg: CfgNode, student):
     """Results with test-time augmentation (TEST.AUG), keys marked with _TTA."""
-    averaged = DistillTrainer.test(
-        _with_output(cfg, "inference_TTA"), GeneralizedRCNNWithTTA(cfg, student)
-    )
-    return {f"{key}_TTA": value for key, value in averaged.items()}
-
-
-def _with_output(cfg: CfgNode, name: str) -> CfgNode:
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, name)
-    cfg.freeze()
-    return cfg
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+    results = evaluate(cfg, GeneralizedRCNNWithTTA(cfg, student), output_dir=folder)
+    return {f"{key}_TTA": value for key, value in results.items()}
 
 
 def evaluate_only(cfg: CfgNode, args):

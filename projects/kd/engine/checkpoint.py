@@ -126,11 +126,11 @@ class DistillCheckpointer(SafeCheckpointer):
         if not file:
             self.load(path, checkpointables=[])
             return {}
-        self._resuming = True
+        key, self.key, self._resuming = self.key, "--resume", True
         try:
             return self.load(file)
         finally:
-            self._resuming = False
+            self.key, self._resuming = key, False
 
     def usable_checkpoints(self) -> list[str]:
         """Complete checkpoints of training in ``save_dir``, the newest first."""
