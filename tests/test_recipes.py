@@ -1,0 +1,208 @@
+"""The one-flag recipes: which values they choose, for whom, and what wins over them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import kd_models
+import pytest
+import torch
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import nn
+
+from projects.kd import build_training_model, check_config
+from projects.kd.errors import ConfigError
+from projects.kd.heads.base import IMITATION_HEAD_REGISTRY, ImitationHead
+from projects.kd.recipes import DEFAULT_METHOD, RECIPES, apply_recipe
+
+ZOO = "model_zoo://COCO-Detection/"
+RETINA_STUDENT, RETINA_TEACHER = (
+    f"{ZOO}retinanet_R_50_FPN_1x.yaml",
+    f"{ZOO}retinanet_R_101_FPN_3x.yaml",
+)
+RCNN_STUDENT, RCNN_TEACHER = (
+    f"{ZOO}faster_rcnn_R_50_FPN_1x.yaml",
+    f"{ZOO}faster_rcnn_R_101_FPN_3x.yaml",
+)
+
+
+def recipe(student=RETINA_STUDENT, teacher=RETINA_TEACHER, method="", opts=(), **flags):
+    values = {"teacher_weights": "", "eval_only": False, **flags}
+    return apply_recipe(
+        SimpleNamespace(
+            config_file=student, teacher=teacher, method=method, opts=list(opts), **values
+        )
+    )
+
+
+ONE_STAGE_LEVELS, TWO_STAGE_LEVELS = ("p3", "p4", "p5", "p6"), ("p2", "p3", "p4", "p5")
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "method", "head", "weight", "levels"),
+    [
+        (RETINA_STUDENT, RETINA_TEACHER, "", "PKD", 10.0, ONE_STAGE_LEVELS),
+        (RETINA_STUDENT, RETINA_TEACHER, "cwd", "CWD", 5.0, ONE_STAGE_LEVELS),
+        (RETINA_STUDENT, RETINA_TEACHER, "FGFI", "FGFI", 0.01, ()),
+        (RETINA_STUDENT, RETINA_TEACHER, "mimic", "Mimic", 1.0, ()),
+        (RCNN_STUDENT, RCNN_TEACHER, "", "PKD", 6.0, TWO_STAGE_LEVELS),
+        (RCNN_STUDENT, RCNN_TEACHER, "CWD", "CWD", 10.0, TWO_STAGE_LEVELS),
+        (RCNN_STUDENT, RCNN_TEACHER, "fgfi", "FGFI", 0.01, ()),
+        # PKD's weight goes by the teacher, CWD's by the student; p6 means different things
+        (RETINA_STUDENT, RCNN_TEACHER, "PKD", "PKD", 6.0, ("p3", "p4", "p5")),
+        (RETINA_STUDENT, RCNN_TEACHER, "CWD", "CWD", 5.0, ("p3", "p4", "p5")),
+    ],
+)
+def test_values_by_method_and_family(student, teacher, method, head, weight, levels, capsys):
+    cfg = recipe(student, teacher, method)
+    assert cfg.KD.META_ARCHITECTURE == "DistillMetaArch"
+    assert cfg.KD.HEADS == (head,)
+    assert cfg.KD.TEACHER.CONFIG_FILE == teacher
+    node = cfg.KD[head.upper()]
+    assert (node.WEIGHT, tuple(node.LEVELS)) == (weight, levels)
+    assert node.START_ITER == (400 if head == "FGFI" else -2)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("recipe:")]
+    assert len(said) == 1
+    assert f"recipe: {head} for a " in said[0]
+    assert f"KD.{head.upper()}.WEIGHT {weight:g}" in said[0]
+    assert ("the default" in said[0]) == (method == "")
+
+
+def test_the_students_own_config_stays():
+    from projects.kd import load_config
+
+    plain, cfg = load_config(RETINA_STUDENT), recipe()
+    for key in ("MODEL", "SOLVER", "INPUT", "DATASETS", "TEST"):
+        assert cfg[key] == plain[key]
+    assert cfg.OUTPUT_DIR == "output/retinanet_R_50_FPN_1x_from_retinanet_R_101_FPN_3x_PKD"
+
+
+def test_the_config_builds_and_passes_the_checks():
+    cfg = recipe(method="CWD,FGFI", opts=["MODEL.DEVICE", "meta"])
+    check_config(cfg)
+    cfg.KD.TEACHER.OPTS, cfg.KD.TEACHER.ALLOW_MISSING = ["MODEL.WEIGHTS", ""], True
+    with torch.device("meta"):
+        model = build_training_model(cfg)
+    assert list(model.heads) == ["CWD", "FGFI"]
+    assert model.heads["CWD"].levels == ONE_STAGE_LEVELS
+    assert model.heads["FGFI"].levels == ("p3", "p4", "p5", "p6", "p7")
+
+
+def test_command_line_values_win(capsys):
+    cfg = recipe(opts=["KD.PKD.WEIGHT", "3.0", "KD.PKD.START_ITER", "50", "OUTPUT_DIR", "mine"])
+    assert (cfg.KD.PKD.WEIGHT, cfg.KD.PKD.START_ITER, cfg.OUTPUT_DIR) == (3.0, 50, "mine")
+    assert cfg.KD.PKD.LEVELS == ONE_STAGE_LEVELS
+    assert "KD.PKD.WEIGHT 3 on" in capsys.readouterr().out
+    cfg = recipe(opts=["KD.LEVELS", "('p4', 'p5')"])
+    assert (cfg.KD.LEVELS, cfg.KD.PKD.LEVELS) == (("p4", "p5"), ())
+    assert "on p4, p5" in capsys.readouterr().out
+    cfg = recipe(opts=["KD.PKD.LEVELS", "('p7',)"])
+    assert cfg.KD.PKD.LEVELS == ("p7",)
+
+
+def test_recipes_name_registered_heads_and_real_keys():
+    cfg = kd_models.tiny_cfg()
+    for (method, _), values in RECIPES.items():
+        assert method in IMITATION_HEAD_REGISTRY
+        node = cfg.KD[method.upper()]
+        for key, value in values.keys.items():
+            assert type(node[key]) is type(value), f"KD.{method.upper()}.{key}"
+    assert DEFAULT_METHOD in IMITATION_HEAD_REGISTRY
+
+
+def test_lazy_teacher_and_teacher_weights():
+    fcos = f"{ZOO}fcos_R_50_FPN_1x.py"
+    cfg = recipe(teacher=fcos, teacher_weights="fcos.pth", method="CWD")
+    assert cfg.KD.TEACHER.WEIGHTS == "fcos.pth"
+    assert (cfg.KD.CWD.WEIGHT, cfg.KD.CWD.LEVELS) == (5.0, ONE_STAGE_LEVELS)
+    with pytest.raises(ConfigError, match="--teacher-weights: .*where its training starts"):
+        recipe(teacher=fcos)
+    assert recipe(teacher=fcos, eval_only=True).KD.HEADS == ("PKD",)
+    cfg = recipe(teacher=fcos, opts=["KD.TEACHER.WEIGHTS", "other.pth"])
+    assert cfg.KD.TEACHER.WEIGHTS == "other.pth"
+
+
+def test_own_teacher_config(tmp_path):
+    config, weights = kd_models.write_teacher(tmp_path)
+    student = kd_models.write_config(kd_models.tiny_cfg(), tmp_path / "student.yaml")
+    with pytest.raises(ConfigError, match="--teacher-weights: .*teacher.yaml' has none"):
+        recipe(student, config)
+    cfg = recipe(student, config, teacher_weights=weights)
+    assert cfg.OUTPUT_DIR == "output/student_from_teacher_PKD"
+    losses = kd_models.losses_at(kd_models.build_wrapper(cfg), kd_models.make_batch())
+    assert any(key.startswith("loss_kd_pkd") for key in losses)
+    assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_config_yaml_goes_by_its_folder(tmp_path):
+    run = tmp_path / "big_teacher"
+    run.mkdir()
+    _, weights = kd_models.write_teacher(run)
+    config = kd_models.write_config(kd_models.tiny_cfg(), run / "config.yaml")
+    cfg = recipe(teacher=config, teacher_weights=weights)
+    assert cfg.OUTPUT_DIR == "output/retinanet_R_50_FPN_1x_from_big_teacher_PKD"
+
+
+def test_timm_student_is_outlined_without_its_weights(tmp_path):
+    """The file is read when the student is built; here it need not exist."""
+    config, weights = kd_models.write_teacher(tmp_path)
+    cfg = kd_models.tiny_cfg(
+        MODEL__BACKBONE__NAME="build_retinanet_timm_fpn_backbone",
+        MODEL__TIMM__NAME="mobilenetv3_small_050",
+        MODEL__TIMM__WEIGHTS="absent.pth",
+    )
+    student = kd_models.write_config(cfg, tmp_path / "student.yaml")
+    cfg = recipe(student, config, teacher_weights=weights)
+    assert cfg.MODEL.TIMM.WEIGHTS == "absent.pth"
+    assert cfg.KD.PKD.LEVELS == ONE_STAGE_LEVELS
+
+
+def test_unknown_family_and_unknown_head_get_their_defaults(tmp_path, monkeypatch, capsys):
+    @META_ARCH_REGISTRY.register()
+    class DetectorOfNoFamily(nn.Module):
+        def __init__(self, cfg):
+            super().__init__()
+            from detectron2.modeling import build_backbone
+
+            self.backbone = build_backbone(cfg)
+
+    @IMITATION_HEAD_REGISTRY.register()
+    class HeadOfNoRecipe(ImitationHead):
+        pass
+
+    try:
+        config, weights = kd_models.write_teacher(tmp_path)
+        cfg = kd_models.tiny_cfg(MODEL__META_ARCHITECTURE="DetectorOfNoFamily")
+        student = kd_models.write_config(cfg, tmp_path / "student.yaml")
+        found = recipe(student, config, "CWD", teacher_weights=weights)
+        assert found.KD.CWD == cfg.KD.CWD
+        said = capsys.readouterr().out
+        assert "own defaults" in said
+        assert "other student (DetectorOfNoFamily)" in said
+        assert "tools/calibrate.py" in said
+
+        found = recipe(method="headofnorecipe")
+        assert found.KD.HEADS == ("HeadOfNoRecipe",)
+        assert "recipe: HeadOfNoRecipe with the head's own defaults" in capsys.readouterr().out
+    finally:
+        META_ARCH_REGISTRY._obj_map.pop("DetectorOfNoFamily")
+        IMITATION_HEAD_REGISTRY._obj_map.pop("HeadOfNoRecipe")
+
+
+def test_user_errors(tmp_path):
+    with pytest.raises(ConfigError, match="--method: no imitation head 'CDW'; choose from .*CWD"):
+        recipe(method="CDW")
+    with pytest.raises(ConfigError, match="--teacher: .*no_such"):
+        recipe(teacher=f"{ZOO}no_such.yaml")
+    with pytest.raises(ConfigError, match="--config-file: no such file"):
+        recipe(student="absent.yaml")
+    with pytest.raises(ConfigError, match="distils already .*--method"):
+        recipe(opts=["KD.HEADS", "('CWD',)"])
+    config = kd_models.write_config(
+        kd_models.tiny_cfg(MODEL__META_ARCHITECTURE="NoSuchArch"), tmp_path / "student.yaml"
+    )
+    with pytest.raises(ConfigError, match="MODEL.META_ARCHITECTURE: no meta-arch 'NoSuchArch'"):
+        recipe(student=config)
+    fpn_less = f"{ZOO}faster_rcnn_R_50_C4_1x.yaml"
+    cfg = recipe(student=RETINA_STUDENT, teacher=fpn_less, method="CWD")
+    assert cfg.KD.CWD.LEVELS == ("p4",)  # res4 has the stride of p4
