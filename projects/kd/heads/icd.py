@@ -1,0 +1,340 @@
+"""ICD: the teacher's knowledge, weighted by where it shows the instances of an image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from detectron2.data import MetadataCatalog
+from torch import nn
+
+from ..adapters import align_spatial
+from ..context import DistillContext, ModelInfo
+from ..data.priors import BoxPriors, dataset_priors, uniform_priors
+from ..errors import ConfigError, DataError
+from ..functional.icd import (
+    Encoded,
+    Priors,
+    encode_instances,
+    identification_loss,
+    localisation_error,
+    query_counts,
+    sample_fakes,
+    summed_attention,
+    value_distance,
+)
+from ..taps import class_key
+from .base import IMITATION_HEAD_REGISTRY, ImitationHead
+from .fgfi import FGFI, student_anchors
+from .icd_decoder import InstanceDecoder, Read, project
+
+ATTENTIONS = ("decoder", "uniform", "fgfi")
+PRIORS = ("dataset", "uniform")
+
+
+class Queries(NamedTuple):
+    """The instances of a batch, image after image, in each image the real ones first.
+
+    Attributes:
+        encoded: all of them, see :class:`~projects.kd.functional.icd.Encoded`.
+        real: (Q,) bool.
+        counts: per image the numbers of real and fake instances.
+    """
+
+    encoded: Encoded
+    real: torch.Tensor
+    counts: list[tuple[int, int]]
+
+    def only_real(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows of (Q, ...) that belong to real instances (no mask: that would be a sync)."""
+        images = x.split([sum(count) for count in self.counts])
+        return torch.cat(
+            [own[:number] for own, (number, _) in zip(images, self.counts, strict=True)]
+        )
+
+
+@IMITATION_HEAD_REGISTRY.register()
+class ICD(ImitationHead):
+    """Instance-conditional distillation (Kang et al., NeurIPS 2021).
+
+    A decoder learns, on the teacher's features, to tell real from fake instances and to find their
+    sides (``loss_aux_icd_*``). Where its heads look for the real ones, the student's values are
+    drawn to the teacher's (``loss_kd_icd``)::
+
+        weight * mean over images, layers and heads of
+            sum_l w_l e_l / max(sum_l w_l, 1e-6),   w = attention summed over the real instances
+
+    with e of :func:`~projects.kd.functional.icd.value_distance`. Images without objects count as 0.
+    The student has a value projection of its own. ``loss_kd_icd`` trains it and, from
+    ``detach_iters`` on, the student; the auxiliary losses train the decoder; neither reaches the
+    teacher. Widths of student and teacher may differ, as may their classes.
+
+    Args:
+        decoder: on the teacher's features.
+        student_channels: width of the student's features.
+        priors: what fakes are drawn from.
+        jitter: a; centres move by a uniform share in [-a, a] of the box, a < 0.5.
+        negatives: fakes per real instance, see :func:`~projects.kd.functional.icd.query_counts`.
+        max_queries: limit of both together.
+        detach_iters: iterations before ``loss_kd_icd`` reaches the student.
+        attention: "decoder", or the ablation "uniform" (w = 1) or "fgfi" (w = imitation mask).
+        imitation_mask: an FGFI head whose ``masks`` give the weights of "fgfi".
+        conf_weight, box_weight: factors of the auxiliary losses.
+        **base: see :class:`ImitationHead`. Without ``mask_padding`` the padding of the batch counts
+            as image.
+    """
+
+    needs_boxes = True
+
+    def __init__(
+        self,
+        *,
+        decoder: InstanceDecoder,
+        student_channels: int,
+        priors: BoxPriors,
+        jitter: float = 0.3,
+        negatives: float = 5.0,
+        max_queries: int = 300,
+        detach_iters: int = 1000,
+        attention: str = "decoder",
+        imitation_mask: FGFI | None = None,
+        conf_weight: float = 1.0,
+        box_weight: float = 1.0,
+        **base,
+    ):
+        super().__init__(**base)
+        self.decoder = decoder
+        width = decoder.layers[0].value.out_features
+        self.student_values = nn.ModuleList(
+            nn.Linear(student_channels, width) for _ in decoder.layers
+        )
+        self.jitter = jitter
+        self.negatives = negatives
+        self.max_queries = max_queries
+        self.detach_iters = detach_iters
+        self.attention = attention
+        self.imitation_mask = imitation_mask
+        self.conf_weight = conf_weight
+        self.box_weight = box_weight
+        cumulative = torch.as_tensor(priors.frequency).cumsum(0).float()
+        self.register_buffer("class_share", cumulative, persistent=False)
+        self.register_buffer("mean_size", torch.as_tensor(priors.mean).float(), persistent=False)
+        self.register_buffer("size_spread", torch.as_tensor(priors.std).float(), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg, student, teacher):
+        """Read KD.ICD."""
+        node = cfg.KD.ICD
+        _check_node(node)
+        kwargs = super().from_config(cfg, student, teacher)
+        levels = kwargs["levels"]
+        num_classes = _num_classes(cfg, student)
+        kwargs.update(
+            decoder=InstanceDecoder(
+                num_classes=num_classes,
+                channels=_width("teacher", teacher, levels),
+                dim=node.DIM,
+                heads=node.HEADS,
+                layers=node.LAYERS,
+                ffn_dim=node.FFN_DIM,
+            ),
+            student_channels=_width("student", student, levels),
+            priors=(
+                uniform_priors(num_classes)
+                if node.PRIORS == "uniform"
+                else dataset_priors(cfg.DATASETS.TRAIN, num_classes)
+            ),
+            jitter=node.JITTER,
+            negatives=node.NEGATIVES_PER_BOX,
+            max_queries=node.MAX_QUERIES,
+            detach_iters=node.DETACH_ITERS,
+            attention=node.ATTENTION,
+            imitation_mask=_imitation_mask(cfg, student, kwargs),
+            conf_weight=node.CONF_WEIGHT,
+            box_weight=node.BOX_WEIGHT,
+        )
+        return kwargs
+
+    def forward(self, ctx: DistillContext) -> dict[str, torch.Tensor]:
+        """``loss_kd_icd``, ``loss_aux_icd_conf`` and ``loss_aux_icd_box``."""
+        queries = self.queries(ctx)
+        student, teacher = self.tokens(ctx)
+        if ctx.iteration < self.detach_iters:
+            student = [[level.detach() for level in image] for image in student]
+        counts = [sum(count) for count in queries.counts]
+        logits, sides, reads = self.decoder(queries.encoded.vectors, counts, teacher)
+        number = sum(count for count, _ in queries.counts)
+        predicted, *expected = map(queries.only_real, (sides, *queries.encoded[1:]))
+        error = localisation_error(predicted, *expected).sum() / max(number, 1)
+        self._log(ctx, logits.detach(), queries.real, error.detach(), number)
+        return {
+            "loss_kd_icd": self.weight * self._distance(ctx, student, queries, reads),
+            "loss_aux_icd_conf": self.conf_weight * identification_loss(logits, queries.real),
+            "loss_aux_icd_box": self.box_weight * error,
+        }
+
+    def aux_parameters(self) -> Iterable[nn.Parameter]:
+        """The decoder and the student's value projections."""
+        return self.parameters()
+
+    @torch.no_grad()
+    def queries(self, ctx: DistillContext) -> Queries:
+        """Encode the objects of every image and as many fakes as belong to them.
+
+        Random numbers are drawn on the device, from the generator that training seeds every step;
+        nothing is read back.
+        """
+        if ctx.gt is None:
+            raise DataError("KD.HEADS: ICD needs boxes, and this batch has no annotations")
+        priors = Priors(self.class_share, self.mean_size, self.size_spread)
+        encoded, real, counts = [], [], []
+        for size, instances in zip(ctx.image_sizes, ctx.gt, strict=True):
+            count = query_counts(len(instances), self.negatives, self.max_queries)
+            classes, boxes = sample_fakes(count[1], priors, size)
+            classes = torch.cat([instances.gt_classes, classes])
+            boxes = torch.cat([instances.gt_boxes.tensor.to(boxes.dtype), boxes])
+            jitter = torch.rand(len(boxes), 2, device=boxes.device, dtype=boxes.dtype)
+            jitter = self.jitter * (2 * jitter - 1)
+            encoded.append(encode_instances(classes, boxes, size, jitter, len(self.class_share)))
+            real.append(torch.arange(len(boxes), device=boxes.device) < count[0])
+            counts.append(count)
+        packed = Encoded(*(torch.cat(parts) for parts in zip(*encoded, strict=True)))
+        return Queries(packed, torch.cat(real), counts)
+
+    def tokens(self, ctx: DistillContext) -> tuple[list, list]:
+        """Per image the levels (C, h, w) of the student's and of the teacher's features, fp32.
+
+        Levels are cut to the cells that lie in the image; where batches have no padding these are
+        views.
+        """
+        student: list[list[torch.Tensor]] = [[] for _ in ctx.image_sizes]
+        teacher: list[list[torch.Tensor]] = [[] for _ in ctx.image_sizes]
+        for level in self.levels:
+            own = ctx.student_features[level].float()
+            other = align_spatial(ctx.teacher_features[level].detach().float(), own)
+            for side, features in ((student, own), (teacher, other)):
+                for image, feature in enumerate(features.unbind()):
+                    rows, columns = self._extent(ctx, level, image)
+                    side[image].append(feature[:, :rows, :columns])
+        return student, teacher
+
+    def _extent(self, ctx: DistillContext, level: str, image: int) -> tuple[int, int]:
+        """Valid rows and columns, without asking the device (as ``ctx.valid_mask`` has them)."""
+        grid = ctx.student_features[level].shape[-2:]
+        if not self.mask_padding:
+            return tuple(grid)
+        stride = ctx.stride(level)
+        size = ctx.image_sizes[image]
+        return tuple(min(math.ceil(a / stride), b) for a, b in zip(size, grid, strict=True))
+
+    def _distance(self, ctx, student, queries: Queries, reads: list[list[Read]]) -> torch.Tensor:
+        """The distillation term without its weight."""
+        # so that every parameter has a gradient, as DDP wants, in a batch without objects too
+        total = 0.0 * sum(values.weight.sum() + values.bias.sum() for values in self.student_values)
+        masks = self.imitation_mask.masks(ctx) if self.attention == "fgfi" else None
+        for values, layer in zip(self.student_values, reads, strict=True):
+            for image, read in enumerate(layer):
+                number = queries.counts[image][0]
+                if number == 0 and self.attention != "uniform":
+                    continue
+                if self.attention == "decoder":
+                    weights = summed_attention(read.queries[:number], read.keys)
+                elif self.attention == "fgfi":
+                    weights = self._flat_mask(ctx, masks, image).expand(read.keys.shape[1], -1)
+                else:
+                    weights = read.keys.new_ones(read.keys.shape[1], len(read.keys))
+                heads = read.values.shape[1]
+                own = project(values, student[image], heads)
+                total = total + value_distance(own, read.values, weights)
+        return total / (len(reads) * len(student))
+
+    def _flat_mask(self, ctx, masks: dict[str, torch.Tensor], image: int) -> torch.Tensor:
+        """(L,) imitation mask of one image's tokens."""
+        parts = []
+        for level in self.levels:
+            rows, columns = self._extent(ctx, level, image)
+            parts.append(masks[level][image, :rows, :columns].flatten())
+        return torch.cat(parts).float()
+
+    def _log(self, ctx, logits, real, error, number: int) -> None:
+        """Accuracy as the mean of that on real and on fake instances (0.5 = guessing)."""
+        if not ctx.log_scalars or not 0 < number < len(real):
+            return
+        right = ((logits > 0) == real).float()
+        ctx.put_scalar("kd/icd_accuracy", (right[real].mean() + right[~real].mean()) / 2)
+        ctx.put_scalar("kd/icd_box_error", error / 4)
+
+
+def _check_node(node) -> None:
+    if node.HEADS < 1 or node.DIM % node.HEADS or node.DIM // node.HEADS < 2:
+        raise ConfigError(
+            f"KD.ICD.HEADS {node.HEADS} must divide KD.ICD.DIM {node.DIM} into at least 2 channels "
+            "a head"
+        )
+    if not 0 <= node.JITTER < 0.5:
+        raise ConfigError(
+            f"KD.ICD.JITTER is {node.JITTER}, it must be in [0, 0.5): a centre moved by half a box "
+            "lies outside of it"
+        )
+    for key, allowed in (("ATTENTION", ATTENTIONS), ("PRIORS", PRIORS)):
+        if node[key] not in allowed:
+            raise ConfigError(f"KD.ICD.{key}: '{node[key]}' is not one of {', '.join(allowed)}")
+    for key, least in (("LAYERS", 1), ("FFN_DIM", 1), ("MAX_QUERIES", 1), ("DETACH_ITERS", 0)):
+        if node[key] < least:
+            raise ConfigError(f"KD.ICD.{key} is {node[key]}, it must be at least {least}")
+    if node.NEGATIVES_PER_BOX < 0:
+        raise ConfigError(f"KD.ICD.NEGATIVES_PER_BOX is {node.NEGATIVES_PER_BOX}, below 0")
+
+
+def _num_classes(cfg, student: ModelInfo) -> int:
+    """The student's number of classes, from its config key or the data set's class names."""
+    for base in type(student.model).__mro__:
+        key = class_key(base.__name__)
+        if key is not None:
+            value = cfg
+            for part in key.split("."):
+                value = value[part]
+            return value
+    for name in cfg.DATASETS.TRAIN:
+        classes = MetadataCatalog.get(name).get("thing_classes", ())
+        if classes:
+            return len(classes)
+    raise ConfigError(
+        f"KD.HEADS: ICD cannot tell the number of classes of {student.arch}; "
+        "call register_class_key beside the meta-arch"
+    )
+
+
+def _width(side: str, info: ModelInfo, levels) -> int:
+    widths = {level: info.shapes[level].channels for level in levels}
+    if len(set(widths.values())) != 1:
+        raise ConfigError(
+            f"KD.ICD.LEVELS: ICD projects all levels alike, but the {side}'s differ in width: "
+            + ", ".join(f"{level} {width}" for level, width in widths.items())
+        )
+    return next(iter(widths.values()))
+
+
+def _imitation_mask(cfg, student: ModelInfo, kwargs: dict) -> FGFI | None:
+    """The FGFI head that gives the weights of ATTENTION "fgfi"; it has no parameters."""
+    if cfg.KD.ICD.ATTENTION != "fgfi":
+        return None
+    anchors, anchor_levels = student_anchors(cfg, student, kwargs["levels"])
+    without = [level for level in kwargs["levels"] if level not in anchor_levels]
+    if without:
+        raise ConfigError(
+            f"KD.ICD.LEVELS (or KD.LEVELS): the student has no anchors on {', '.join(without)}, "
+            "which KD.ICD.ATTENTION 'fgfi' needs"
+        )
+    return FGFI(
+        adapters=nn.ModuleDict(),
+        anchors=anchors,
+        anchor_levels=anchor_levels,
+        psi=cfg.KD.FGFI.THRESH_FACTOR,
+        per_level=cfg.KD.FGFI.ASSIGN == "per_level",
+        levels=kwargs["levels"],
+        weight=0.0,
+        mask_padding=kwargs["mask_padding"],
+    )
