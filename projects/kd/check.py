@@ -36,6 +36,8 @@ def check_config(cfg, training: bool = True) -> None:
         _check_solver(cfg)
         if cfg.KD.META_ARCHITECTURE:
             _check_distillation(cfg)
+        elif cfg.KD.INIT_FROM_TEACHER:
+            raise ConfigError("KD.INIT_FROM_TEACHER needs KD.META_ARCHITECTURE and a teacher")
 
 
 def _one_of(key: str, value, allowed) -> None:

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data.loader import build_train_loader
 from ..distiller import build_training_model, student_of
 from ..errors import ConfigError
+from ..inherit import inherit
 from .checkpoint import DistillCheckpointer, Heads
 from .hooks import (
     AuxLRScheduler,
@@ -115,11 +116,14 @@ class DistillTrainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue from OUTPUT_DIR's last checkpoint, or load MODEL.WEIGHTS into the student.
 
-        Without a checkpoint to resume from, training starts at MODEL.WEIGHTS, as in detectron2.
+        Without a checkpoint to resume from, training starts at MODEL.WEIGHTS, as in detectron2,
+        and at the teacher's weights where KD.INIT_FROM_TEACHER says so.
         """
         rest = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if "iteration" in rest:
             self.start_iter = rest["iteration"] + 1
+        elif self.cfg.KD.INIT_FROM_TEACHER:
+            inherit(self.student, self._unwrapped.teacher.model, self.cfg.KD.INIT_FROM_TEACHER)
 
     def build_hooks(self) -> list:
         """detectron2's hooks, on all ranks, with the other learning rates and the average."""
