@@ -182,7 +182,8 @@ class DetectionEvaluator(COCOEvaluator):
     def _eval_predictions(self, predictions, img_ids=None):
         """Fill ``self._results`` with ``{task: metrics}``; overrides COCOEvaluator's."""
         found = list(itertools.chain.from_iterable(p["instances"] for p in predictions))
-        tasks = self._tasks_from_predictions(found) if found else self._expected_tasks
+        inferred = self._tasks_from_predictions(found) if found else self._expected_tasks
+        tasks = sorted(self._tasks or inferred)
         self._to_dataset_categories(found)
         if self._output_dir:
             PathManager.mkdirs(self._output_dir)
@@ -245,6 +246,7 @@ class DetectionEvaluator(COCOEvaluator):
             coco_eval = COCOeval(self._coco_api, detections, task)
             if self._kpt_oks_sigmas:
                 coco_eval.params.kpt_oks_sigmas = np.array(self._kpt_oks_sigmas)
+            self._check_keypoint_count(len(coco_eval.params.kpt_oks_sigmas), detections)
             return coco_eval
         if self._faster:
             from faster_coco_eval.core.faster_eval_api import COCOeval_faster as implementation
@@ -254,6 +256,17 @@ class DetectionEvaluator(COCOEvaluator):
         coco_eval = implementation(self._coco_api, detections, task)
         coco_eval.params.maxDets = list(self._max_dets_per_image)
         return coco_eval
+
+    def _check_keypoint_count(self, scales: int, detections) -> None:
+        true, predicted = (
+            len(next(iter(coco.anns.values()))["keypoints"]) // 3
+            for coco in (self._coco_api, detections)
+        )
+        if not scales == true == predicted:
+            raise ConfigError(
+                f"'{self._metadata.name}' has {true} keypoints, the model predicts {predicted} "
+                f"(MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS), TEST.KEYPOINT_OKS_SIGMAS has {scales}"
+            )
 
 
 class SemanticEvaluator(SemSegEvaluator):

@@ -101,7 +101,7 @@ def _metadata(categories: list[dict], json_file: str) -> dict:
             f"{json_file}: categories differ in their keypoints; keypoints are not registered"
         )
         return metadata
-    skeleton = with_keypoints[0].get("skeleton") or []
+    skeleton = next((c["skeleton"] for c in with_keypoints if c.get("skeleton")), [])
     return metadata | {
         "keypoint_names": names,
         "keypoint_flip_map": keypoint_flip_map(names),
