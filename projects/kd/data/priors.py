@@ -97,7 +97,13 @@ def _stored_moments(name: str, folder: str) -> np.ndarray:
         if stored.get("version") == VERSION and stored.get("fingerprint") == fingerprint:
             return np.array(stored["moments"], np.float64).reshape(-1, 5)
         _logger.warning(f"{path} is not of the annotations that '{name}' has now: measuring again")
-    dicts = DatasetCatalog.get(name)
+    try:
+        dicts = DatasetCatalog.get(name)
+    except (OSError, KeyError) as error:
+        raise ConfigError(
+            f"DATASETS.TRAIN: '{name}' cannot be loaded to measure the priors of ICD ({error}); "
+            "KD.ICD.PRIORS 'uniform' needs no data"
+        ) from error
     moments = box_moments(name, dicts)
     fingerprint = fingerprint or _fingerprint(name)  # a built-in data set is made when loaded
     if fingerprint:

@@ -141,11 +141,7 @@ class ICD(ImitationHead):
                 ffn_dim=node.FFN_DIM,
             ),
             student_channels=_width("student", student, levels),
-            priors=(
-                uniform_priors(num_classes)
-                if node.PRIORS == "uniform"
-                else dataset_priors(cfg.DATASETS.TRAIN, num_classes)
-            ),
+            priors=_priors(cfg, num_classes),
             jitter=node.JITTER,
             negatives=node.NEGATIVES_PER_BOX,
             max_queries=node.MAX_QUERIES,
@@ -305,6 +301,13 @@ def _num_classes(cfg, student: ModelInfo) -> int:
         f"KD.HEADS: ICD cannot tell the number of classes of {student.arch}; "
         "call register_class_key beside the meta-arch"
     )
+
+
+def _priors(cfg, num_classes: int) -> BoxPriors:
+    # on the meta device nothing is ever drawn: such outlines need no data
+    if cfg.KD.ICD.PRIORS == "uniform" or cfg.MODEL.DEVICE == "meta":
+        return uniform_priors(num_classes)
+    return dataset_priors(cfg.DATASETS.TRAIN, num_classes)
 
 
 def _width(side: str, info: ModelInfo, levels) -> int:
