@@ -11,7 +11,7 @@ import math
 import cv2
 import numpy as np
 
-_CONTRAST = (40.0, 120.0)  # distance of an object's colour from what lies behind, grey levels
+_CONTRAST = (55.0, 140.0)  # distance of an object's colour from what lies behind, grey levels
 
 
 def paint_background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -19,8 +19,8 @@ def paint_background(rng: np.random.Generator, height: int, width: int) -> np.nd
     first, second = (rng.uniform(30, 225, 3) for _ in range(2))
     ramp = _ramp(rng, height, width)[..., None]
     image = (first + ramp * (second - first) * rng.uniform(0.2, 0.8)).astype(np.float32)
-    image += _texture(rng, height, width, strength=rng.uniform(4, 16))[..., None]
-    for _ in range(rng.integers(2, 9)):
+    image += _texture(rng, height, width, strength=rng.uniform(3, 12))[..., None]
+    for _ in range(rng.integers(1, 6)):
         _stroke(rng, image)
     return np.clip(image, 0, 255)
 
@@ -47,7 +47,7 @@ def paint_patch(rng: np.random.Generator, behind: np.ndarray, coverage: np.ndarr
     paint[:] = colour
     paint += (_ramp(rng, height, width)[..., None] - 0.5) * rng.uniform(-30, 30, 3)
     if rng.random() < 0.7:
-        paint += _texture(rng, height, width, strength=rng.uniform(3, 14))[..., None]
+        paint += _texture(rng, height, width, strength=rng.uniform(2, 10))[..., None]
     return np.clip(paint, 0, 255).astype(np.float32)
 
 

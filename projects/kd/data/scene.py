@@ -27,11 +27,11 @@ MIN_VISIBLE = 0.4
 SUPERSAMPLING = 4
 
 _SIZES = ((256, 256), (256, 256), (256, 256), (256, 320), (320, 256))  # (height, width)
-_OBJECTS = (3, 9)  # half-open range of the number of objects to place
-_OBJECT_SIDE = (8.0, 240.0)  # longer side of the upright object, log-uniform
-_DISTRACTORS = (1, 4)
+_OBJECTS = (3, 8)  # half-open range of the number of objects to place
+_OBJECT_SIDE = (14.0, 220.0)  # longer side of the upright object, log-uniform
+_DISTRACTORS = (0, 3)
 _DISTRACTOR_SIDE = (10.0, 90.0)
-_MAX_TILT = math.radians(25)
+_MAX_TILT = math.radians(15)
 _TRIES = 15
 
 
