@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 
 import torch
 from detectron2.engine.train_loop import SimpleTrainer
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
+from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
@@ -77,8 +76,7 @@ class TrainLoop(SimpleTrainer):
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
         self._waiting: list[tuple[int, float, list[str], torch.Tensor]] = []
-        self._recent: deque = deque(maxlen=WRITER_WINDOW)
-        self._to_replay: list = []
+        self._to_replay: dict[str, list[tuple[float, int]]] = {}
 
     def run_step(self) -> None:
         """One iteration; see the class."""
@@ -212,19 +210,23 @@ class TrainLoop(SimpleTrainer):
             }
             scalars = {"data_time": max(entry[1] for entry in entries)}
             scalars["total_loss"] = sum(means.values())
-            self._recent.append((iteration, scalars | means))
-            self._put(iteration, scalars | means)
+            get_event_storage().put_scalars(cur_iter=iteration, **scalars, **means)
         if self.scaler.is_enabled():
             get_event_storage().put_scalar("grad_scale", self.scaler.get_scale(), False)
 
-    def _put(self, iteration: int, scalars: Mapping[str, float]) -> None:
-        get_event_storage().put_scalars(cur_iter=iteration, **scalars)
-
     def _replay_metrics(self) -> None:
         """After a resume, give the writers the iterations their medians reach back to."""
-        for iteration, scalars in self._to_replay:
-            self._put(iteration, scalars)
-        self._to_replay = []
+        for name, entries in self._to_replay.items():
+            for value, iteration in entries:
+                get_event_storage().put_scalar(name, value, cur_iter=iteration)
+        self._to_replay = {}
+
+    def _recent_metrics(self) -> dict[str, list[tuple[float, int]]]:
+        if not has_event_storage():
+            return {}
+        storage = get_event_storage()
+        smoothed = [name for name, smooth in storage.smoothing_hints().items() if smooth]
+        return {name: storage.history(name).values()[-WRITER_WINDOW:] for name in smoothed}
 
     def state_dict(self) -> dict:
         """Optimizers, gradient scaler and the last metrics. All ranks must call it together."""
@@ -232,7 +234,7 @@ class TrainLoop(SimpleTrainer):
         state = {"iteration": self.iter}
         state["optimizers"] = {name: o.state_dict() for name, o in self.optimizers.items()}
         state["scaler"] = self.scaler.state_dict()
-        state["recent"] = list(self._recent)
+        state["recent"] = self._recent_metrics()
         return state
 
     def load_state_dict(self, state: dict) -> None:
@@ -263,8 +265,7 @@ class TrainLoop(SimpleTrainer):
                 ) from error
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self._recent.extend(state["recent"])
-        self._to_replay = list(state["recent"])
+        self._to_replay = state["recent"]
 
 
 def _listing(values: Mapping[str, float]) -> str:
