@@ -87,6 +87,7 @@ def main(argv=None) -> None:
         near = difflib.get_close_matches(args.dataset, DatasetCatalog.list(), n=3, cutoff=0.4)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError(f"--dataset: '{args.dataset}' is not registered{hint}")
+    np.random.seed(0)  # detectron2 draws its colours from here
     sheet = contact_sheet(args.dataset, args.num, args.columns, args.size, args.semantic)
     os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
     try:
