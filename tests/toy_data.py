@@ -14,26 +14,29 @@ from torch import nn
 
 
 def register_noise(folder, name: str, count: int = 12) -> list[dict]:
-    """Write images of 64x48 and 48x64 with one box each; replaces a data set of the same name."""
+    """Write images of 64x48 and 48x64 with one to three boxes each; replaces a data set of the same name."""
     dicts = []
     for i in range(count):
         width, height = (48, 64) if i % 3 == 0 else (64, 48)
         path = folder / f"{name}_{i}.png"
         pixels = np.random.RandomState(i).randint(0, 255, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
-        box = {
-            "bbox": [4 + i, 6, 24 + i, 30],
-            "bbox_mode": BoxMode.XYXY_ABS,
-            "category_id": i % 3,
-            "iscrowd": 0,
-        }
+        boxes = [
+            {
+                "bbox": [2 + 14 * k, 4 + i, 15 + 14 * k, 22 + i],
+                "bbox_mode": BoxMode.XYXY_ABS,
+                "category_id": (i + k) % 3,
+                "iscrowd": 0,
+            }
+            for k in range(1 + i % 3)
+        ]
         dicts.append(
             {
                 "file_name": str(path),
                 "image_id": i,
                 "height": height,
                 "width": width,
-                "annotations": [box],
+                "annotations": boxes,
             }
         )
     if name in DatasetCatalog:

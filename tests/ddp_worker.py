@@ -93,7 +93,6 @@ def main(args) -> None:
 
 def train(folder: str) -> None:
     """Two ranks: straight to iteration 4, and again with a stop after 2; saves what must agree."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     import kd_models
     import toy_data
 
