@@ -20,7 +20,7 @@ from .precision import full_precision
 
 # Bound of the temporaries of grid_masks, reckoned as if each box selected all rows of all levels.
 GRID_PIECE_BYTES = 32 * 2**20
-_BYTES_OF_ROW = 250
+_BYTES_OF_ROW = 160
 # anchor_masks reads its temporaries over and over: on a CPU pieces that fit the cache are faster
 # (one box at a time for 200,000 anchors).
 ANCHOR_PIECE_BYTES = 8 * 2**20
@@ -134,13 +134,33 @@ def _peak(low, high, shape_low, shape_high, stride, cells):
     return torch.where(second > first, after, before), torch.maximum(first, second)
 
 
-def _mark_rows(steps, boxes, image, table, psi, per_level) -> None:
-    """Add to ``steps`` the intervals of cells that the boxes (m, 4) select."""
+def _peaks(boxes, table):
+    """The best column, largest overlaps in x and in y, and sums of areas, all (m, S)."""
     x1, y1, x2, y2 = boxes.T[..., None]
-    area = (x2 - x1) * (y2 - y1)
     best_x, width = _peak(x1, x2, table.x1, table.x2, table.stride, table.columns)
     height = _peak(y1, y2, table.y1, table.y2, table.stride, table.rows)[1]
-    both = area + table.area
+    return best_x, width, height, (x2 - x1) * (y2 - y1) + table.area
+
+
+def best_ious(boxes: torch.Tensor, grids: Sequence[AnchorGrid]) -> torch.Tensor:
+    """Each box's maximum IoU with the anchors of each level.
+
+    Args:
+        boxes: (M, 4).
+        grids: one a level.
+
+    Returns:
+        (M, levels) float64.
+    """
+    table = _ShapeTable(grids, boxes.device)
+    _, width, height, both = _peaks(boxes.to(torch.float64), table)
+    iou = width * height / (both - width * height)
+    return torch.stack([level.amax(1) for level in iou.split(table.per_level, 1)], dim=1)
+
+
+def _mark_rows(steps, boxes, image, table, psi, per_level) -> None:
+    """Add to ``steps`` the intervals of cells that the boxes (m, 4) select."""
+    best_x, width, height, both = _peaks(boxes, table)
     shared = width * height
     iou = shared / (both - shared)
     if per_level:

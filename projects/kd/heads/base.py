@@ -76,6 +76,8 @@ class ImitationHead(nn.Module):
     def pair(self, ctx: DistillContext, level: str, adapter: nn.Module | None = None):
         """Student and teacher features of a level in fp32 on the student's grid.
 
+        No gradient flows to the teacher's.
+
         Returns:
             (N, C, H, W) student features through ``adapter``, (N, C_teacher, H, W) teacher
             features, and the (N, 1, H, W) validity mask: None without ``mask_padding``, and where
@@ -94,7 +96,7 @@ class ImitationHead(nn.Module):
         """:meth:`pair` for any two maps (N, C, H, W) of a level, e.g. logits."""
         mask = ctx.valid_mask(level) if self.mask_padding and ctx.has_padding(level) else None
         student = student.float()
-        return student, align_spatial(teacher.float(), student), mask
+        return student, align_spatial(teacher.detach().float(), student), mask
 
     def extra_repr(self) -> str:
         """Levels and weight in ``print(model)``."""

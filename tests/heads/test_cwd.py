@@ -1,0 +1,92 @@
+"""CWD keeps to the contract on features and on logits; values of the head, and what it refuses."""
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from heads.contract import HeadContract
+from kd_testing import STRIDES, head_cfg, make_context, toy_info, wave
+
+from projects.kd.errors import ConfigError
+from projects.kd.heads import build_imitation_heads
+
+
+class TestCWD(HeadContract):
+    name = "CWD"
+    node = {"TAU": 2.0}
+
+
+class TestCWDOnLogits(HeadContract):
+    name = "CWD"
+    node = {"TARGET": "dense"}
+    adapts = False
+    reads = "dense"
+
+
+def build(student=None, teacher=None, **node):
+    infos = toy_info(3) if student is None else student, toy_info(3) if teacher is None else teacher
+    return build_imitation_heads(head_cfg("CWD", **node), *infos)["CWD"]
+
+
+@pytest.mark.parametrize(("tau", "value"), [(1.0, 1.45068518), (4.0, 2.70280353)])
+@pytest.mark.parametrize("target", ["features", "dense"])
+def test_golden_numbers_through_the_head(target, tau, value):
+    ctx = make_context(sizes=((32, 48),) * 2, canvas=(32, 48), channels=(3, 3))
+    sides = {"student": (ctx.student_features, ctx.student_outputs)}
+    sides["teacher"] = (ctx.teacher_features, ctx.teacher_outputs)
+    for name, (features, outputs) in sides.items():
+        values = wave(name, 2, 3, 4, 6, dtype=torch.float32)
+        if target == "features":
+            features["p3"] = values
+        else:
+            outputs["dense"][0][0] = values
+    loss = build(TAU=tau, LEVELS=("p3",), TARGET=target, WEIGHT=10.0)(ctx)["loss_kd_cwd"]
+    assert loss.item() == pytest.approx(10 * value, rel=1e-5)
+
+
+def test_levels_are_summed():
+    ctx = make_context(channels=(3, 3))
+    alone = [build(LEVELS=(level,))(ctx)["loss_kd_cwd"] for level in STRIDES]
+    torch.testing.assert_close(build()(ctx)["loss_kd_cwd"], sum(alone))
+
+
+def test_logits_of_a_level_are_found_by_the_teachers_stride():
+    """The teacher's head may read more levels, under other names."""
+    teacher = toy_info(3)
+    names = {"c2": 4, "c3": 8, "c4": 16, "c5": 32}
+    own = {name: ShapeSpec(channels=3, stride=stride) for name, stride in names.items()}
+    teacher.model.backbone.output_shape = lambda: own
+    teacher.model.head_in_features = list(own)
+    head = build(teacher=teacher, TARGET="dense")
+    assert head.requires == {"dense"}
+    ctx = make_context(channels=(3, 3), same=True)
+    logits = ctx.teacher_outputs["dense"][0]
+    finest = torch.randn(2, 8, 16, 16)
+    ctx.teacher_outputs["dense"] = ([finest, *logits],)
+    assert head(ctx)["loss_kd_cwd"].item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_other_anchors_or_classes_are_refused_in_the_first_step():
+    head = build(TARGET="dense")
+    ctx = make_context(channels=(3, 3))
+    ctx.teacher_outputs["dense"][0][1] = torch.randn(2, 12, 4, 4)
+    with pytest.raises(ConfigError, match="KD.CWD.TARGET.* at p4 the student has 8 .* teacher 12"):
+        head(ctx)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_logits_need_one_stage_detectors_on_both_sides(side):
+    with pytest.raises(ConfigError, match=f"KD.CWD.TARGET.*one-stage {side}"):
+        build(**{side: toy_info(3, taps=("features",))}, TARGET="dense")
+
+
+def test_a_level_without_logits_is_refused():
+    student = toy_info(3)
+    student.model.head_in_features = ["p3", "p4"]
+    with pytest.raises(ConfigError, match="KD.CWD.LEVELS.*p5"):
+        build(student=student, TARGET="dense")
+
+
+@pytest.mark.parametrize(("key", "value"), [("TARGET", "logits"), ("TAU", 0.0), ("TAU", -1.0)])
+def test_bad_values_name_their_key(key, value):
+    with pytest.raises(ConfigError, match=f"KD.CWD.{key}"):
+        build(**{key: value})

@@ -1,0 +1,156 @@
+"""What tests of losses and imitation heads share: waves, toy detectors, contexts, counted bytes."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.structures import Boxes, Instances
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from projects.kd import DistillContext, ModelInfo, add_kd_config
+
+STRIDES = {"p3": 8, "p4": 16, "p5": 32}
+CHANNELS = 6
+DENSE_CHANNELS = 8  # anchors x classes of the toy detectors' dense head
+
+
+def wave(name: str, *shape: int, dtype=torch.float64) -> torch.Tensor:
+    """The deterministic inputs of the golden numbers: "student" or "teacher" values in C order."""
+    i = torch.arange(math.prod(shape), dtype=torch.float64)
+    values = 2 * torch.sin(0.37 * i + 0.10) if name == "student" else 3 * torch.cos(0.23 * i - 0.20)
+    return values.to(dtype).view(shape)
+
+
+def random_boxes(count, height, width, generator, smallest=4.0, dtype=torch.float32):
+    """(count, 4) XYXY inside the image, sides log-uniform from ``smallest`` to the image's."""
+    side = torch.tensor([width, height], dtype=torch.float64)
+    shape = smallest * (side / smallest) ** torch.rand(
+        count, 2, generator=generator, dtype=torch.float64
+    )
+    corner = torch.rand(count, 2, generator=generator, dtype=torch.float64) * (side - shape)
+    return torch.cat([corner, corner + shape], dim=1).to(dtype)
+
+
+def peak_bytes(function) -> int:
+    """Largest sum of tensor bytes alive at a time among those that ``function`` allocates."""
+    activities = [ProfilerActivity.CPU]
+    with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted(
+        ((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"), key=lambda x: x[0]
+    )
+    alive = peak = 0
+    for _, change in changes:
+        alive += change
+        peak = max(peak, alive)
+    return peak
+
+
+class ToyDetector(nn.Module):
+    """What heads read of a one-stage detector when they are built."""
+
+    def __init__(self, channels: int = CHANNELS, strides=None):
+        super().__init__()
+        strides = STRIDES if strides is None else strides
+        shapes = {level: ShapeSpec(channels=channels, stride=s) for level, s in strides.items()}
+        self.backbone = nn.Module()
+        self.backbone.output_shape = lambda: shapes
+        self.head_in_features = list(shapes)
+        self.anchor_generator = DefaultAnchorGenerator(
+            sizes=[[2.0 * s, 3.0 * s] for s in strides.values()],
+            aspect_ratios=[[0.5, 1.0]],
+            strides=list(strides.values()),
+            offset=0.0,
+        )
+
+
+def toy_info(channels: int = CHANNELS, cfg=None, taps=("features", "dense"), model=None):
+    """One side of a pair of toy detectors."""
+    model = ToyDetector(channels) if model is None else model
+    shapes = model.backbone.output_shape()
+    return ModelInfo(model=model, shapes=shapes, taps=frozenset(taps), cfg=cfg)
+
+
+def head_cfg(name: str, common=None, **node):
+    """A config with keys of KD.<HEAD> (``node``) and of KD (``common``) set."""
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    cfg.KD.HEADS = (name,)
+    cfg.KD.merge_from_other_cfg(type(cfg)({name.upper(): node, **(common or {})}))
+    return cfg
+
+
+def instances(size, boxes: torch.Tensor, classes=None) -> Instances:
+    result = Instances(size)
+    result.gt_boxes = Boxes(boxes)
+    result.gt_classes = torch.zeros(len(boxes), dtype=torch.long) if classes is None else classes
+    return result
+
+
+def make_context(
+    sizes=((40, 56), (64, 33)),
+    canvas=(64, 64),
+    channels=(CHANNELS, CHANNELS),
+    boxes: int = 3,
+    dtype=torch.float32,
+    same: bool = False,
+    seed: int = 0,
+) -> DistillContext:
+    """Random features of both sides, all of them leaves that ask for a gradient.
+
+    Args:
+        sizes: (height, width) of each image.
+        canvas: (height, width) of the padded batch.
+        channels: of the student's and the teacher's features.
+        boxes: ground-truth boxes in each image.
+        dtype: of the features.
+        same: the teacher's values are the student's.
+        seed: of everything.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def maps(number):
+        return {
+            level: torch.randn(
+                len(sizes), number, *(-(-x // stride) for x in canvas), generator=generator
+            ).to(dtype)
+            for level, stride in STRIDES.items()
+        }
+
+    student, teacher = maps(channels[0]), maps(channels[1])
+    ours, theirs = maps(DENSE_CHANNELS), maps(DENSE_CHANNELS)
+    if same:
+        teacher, theirs = ({k: v.clone() for k, v in x.items()} for x in (student, ours))
+    for value in (v for x in (student, teacher, ours, theirs) for v in x.values()):
+        value.requires_grad_()
+    gt = [instances(tuple(s), random_boxes(boxes, *s, generator)) for s in sizes]
+    return DistillContext(
+        iteration=0,
+        image_sizes=[tuple(s) for s in sizes],
+        canvas=tuple(canvas),
+        gt=gt,
+        student_features=student,
+        teacher_features=teacher,
+        student_outputs={"dense": (list(ours.values()),)},
+        teacher_outputs={"dense": (list(theirs.values()),)},
+        strides=dict(STRIDES),
+    )
+
+
+def leaves(ctx: DistillContext) -> SimpleNamespace:
+    """The context's tensors: per side a list of (level, tensor), features and dense outputs."""
+
+    def side(features, outputs):
+        return [*features.items(), *zip(features, outputs["dense"][0], strict=True)]
+
+    return SimpleNamespace(
+        student=side(ctx.student_features, ctx.student_outputs),
+        teacher=side(ctx.teacher_features, ctx.teacher_outputs),
+    )
