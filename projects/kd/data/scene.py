@@ -148,7 +148,7 @@ _SHAPES = {
     "house": _unit(_HOUSE, [(0, -0.45), (-0.38, -0.08), (0.38, -0.08), (0, 0.41)]),
     "mushroom": _unit(_MUSHROOM, [(0, -0.41), (-0.45, -0.04), (0.45, -0.04), (0, 0.41)]),
 }
-_DISTRACTORS_SHAPES = [
+_DISTRACTOR_SHAPES = [
     _unit(outline)
     for outline in (
         _arc(0.5, 0.5, 0, 345),
@@ -198,14 +198,14 @@ def _pose(rng, category: int, side: float, height: int, width: int) -> Thing:
     if category >= 0:
         outline, keypoints = _SHAPES[CLASSES[category]]
     else:
-        outline, keypoints = _DISTRACTORS_SHAPES[rng.integers(len(_DISTRACTORS_SHAPES))]
+        outline, keypoints = _DISTRACTOR_SHAPES[rng.integers(len(_DISTRACTOR_SHAPES))]
     stretch = np.array([math.exp(0.2 * (2 * rng.random() - 1)), 1.0])
     angle = _MAX_TILT * (2 * rng.random() - 1)
     cosine, sine = math.cos(angle), math.sin(angle)
     turn = np.array([[cosine, sine], [-sine, cosine]])
     centre = np.array([rng.random() * width, rng.random() * height])
-    move = lambda points: (points * stretch * side) @ turn + centre  # noqa: E731
-    return Thing(category, move(outline), move(keypoints))
+    outline, keypoints = ((part * stretch * side) @ turn + centre for part in (outline, keypoints))
+    return Thing(category, outline, keypoints)
 
 
 def _place(thing: Thing, things: list[Thing], labels: np.ndarray) -> bool:
