@@ -155,16 +155,21 @@ def encode_instances(
     low, high = relative.unbind(1)
     sizes = high - low
     centre = (low + high) / 2 + jitter * sizes
-    scales = F.one_hot(scale_bins(boxes[:, 2:] - boxes[:, :2]), SCALE_BINS)
+    scales = scale_bins(boxes[:, 2:] - boxes[:, :2])
     vectors = torch.cat(
         [
-            F.one_hot(classes, num_classes).to(boxes.dtype),
+            _one_hot(classes, num_classes, boxes.dtype),
             point_encoding(centre).flatten(1),
-            scales.flatten(1).to(boxes.dtype),
+            _one_hot(scales, SCALE_BINS, boxes.dtype).flatten(1),
         ],
         dim=1,
     )
     return Encoded(vectors, torch.cat([centre - low, high - centre], dim=1), sizes)
+
+
+def _one_hot(index: torch.Tensor, number: int, dtype: torch.dtype) -> torch.Tensor:
+    """As torch's, which looks at the values first."""
+    return (index[..., None] == torch.arange(number, device=index.device)).to(dtype)
 
 
 def sample_fakes(

@@ -227,13 +227,14 @@ class ICD(ImitationHead):
 
     def _distance(self, ctx, student, queries: Queries, reads: list[list[Read]]) -> torch.Tensor:
         """The distillation term without its weight."""
-        # so that every parameter has a gradient, as DDP wants, in a batch without objects too
+        # every parameter and feature keeps a gradient, as DDP wants, without objects too
         total = 0.0 * sum(values.weight.sum() + values.bias.sum() for values in self.student_values)
         masks = self.imitation_mask.masks(ctx) if self.attention == "fgfi" else None
         for values, layer in zip(self.student_values, reads, strict=True):
             for image, read in enumerate(layer):
                 number = queries.counts[image][0]
                 if number == 0 and self.attention != "uniform":
+                    total = total + 0.0 * sum(level[:, 0, 0].sum() for level in student[image])
                     continue
                 if self.attention == "decoder":
                     weights = summed_attention(read.queries[:number], read.keys)

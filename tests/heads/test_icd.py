@@ -1,0 +1,396 @@
+"""The ICD head against its oracle, gradient isolation, odd batches, settings, and learning."""
+
+from __future__ import annotations
+
+import kd_models
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.utils.events import EventStorage
+from heads import icd_oracle
+from heads.contract import HeadContract
+from kd_testing import (
+    CHANNELS,
+    STRIDES,
+    ToyDetector,
+    head_cfg,
+    instances,
+    make_context,
+    peak_bytes,
+    random_boxes,
+    toy_info,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from projects.kd import register_class_key
+from projects.kd.data.priors import BoxPriors
+from projects.kd.engine.optim import MAIN, build_optimizations
+from projects.kd.errors import ConfigError, DataError
+from projects.kd.functional.icd import value_distance
+from projects.kd.heads.icd import ICD
+from projects.kd.heads.icd_decoder import project
+
+register_class_key("ToyDetector", "MODEL.RETINANET.NUM_CLASSES")
+STUDENT, TEACHER = CHANNELS, CHANNELS + 4
+SMALL = {"PRIORS": "uniform", "DIM": 16, "HEADS": 4, "FFN_DIM": 32, "DETACH_ITERS": 0}
+
+
+class TestICD(HeadContract):
+    name = "ICD"
+    node = SMALL
+
+    @staticmethod
+    def run(head, ctx):
+        torch.manual_seed(11)  # the same draws for all contexts that are compared
+        return HeadContract.run(head, ctx)
+
+    def make_equal(self, head):
+        head.student_values[0].load_state_dict(head.decoder.layers[0].value.state_dict())
+
+
+def build(seed: int = 0, common=None, **node) -> ICD:
+    cfg = head_cfg("ICD", common, **{**SMALL, **node})
+    cfg.MODEL.RETINANET.NUM_CLASSES = 5
+    torch.manual_seed(seed)
+    return ICD(**ICD.from_config(cfg, toy_info(STUDENT, cfg), toy_info(TEACHER)))
+
+
+def context(**kwargs):
+    return make_context(**{"channels": (STUDENT, TEACHER), **kwargs})
+
+
+def gradients(loss, tensors):
+    """The gradient of each tensor, None where it takes no part or the gradient is exactly 0."""
+    found = torch.autograd.grad(loss, tensors, allow_unused=True, retain_graph=True)
+    return [None if g is None or not g.any() else g for g in found]
+
+
+def features(ctx):
+    return list(ctx.student_features.values())
+
+
+# --- against the straightforward implementation -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("node", "boxes", "iteration"),
+    [({}, 3, 0), ({"LAYERS": 2}, 3, 0), ({"MASK_PADDING": False}, 3, 0), ({}, 1, 0)]
+    + [({"DETACH_ITERS": 5}, 3, 4), ({"NEGATIVES_PER_BOX": 0.0, "MAX_QUERIES": 2}, 4, 0)],
+)
+def test_values_and_gradients_equal_the_oracle(node, boxes, iteration):
+    head, ctx = build(**node), context(boxes=boxes)
+    ctx.iteration = iteration
+    ctx.gt[1] = ctx.gt[1][:1]  # lists of different length
+    torch.manual_seed(7)
+    queries = head.queries(ctx)
+    torch.manual_seed(7)
+    found, expected = head(ctx), icd_oracle.losses(head, ctx, queries)
+    assert found.keys() == expected.keys()
+    parameters = [*head.parameters(), *features(ctx)]
+    for key in found:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=1e-6)
+        for ours, theirs in zip(
+            gradients(found[key], parameters), gradients(expected[key], parameters), strict=True
+        ):
+            if theirs is None or ours is None:
+                assert ours is theirs
+            else:
+                scale = theirs.abs().max().item()
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * scale)
+
+
+def test_the_oracle_masks_what_lies_in_the_padding():
+    """The head cuts it off instead; both must be blind to it."""
+    head, ctx = build(), context()
+    torch.manual_seed(7)
+    queries = head.queries(ctx)
+    torch.manual_seed(7)
+    before = head(ctx), icd_oracle.losses(head, ctx, queries)
+    for level in STRIDES:
+        outside = ~ctx.valid_mask(level)
+        for side in (ctx.student_features, ctx.teacher_features):
+            side[level] = side[level].detach().masked_fill(outside, 1e4)
+    torch.manual_seed(7)
+    after = head(ctx), icd_oracle.losses(head, ctx, queries)
+    for old, new in zip(before, after, strict=True):
+        for key in old:
+            torch.testing.assert_close(old[key], new[key])
+
+
+# --- who learns from what -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["decoder", "uniform", "fgfi"])
+@pytest.mark.parametrize(("iteration", "reaches_student"), [(9, False), (10, True)])
+def test_gradients_are_isolated(attention, iteration, reaches_student):
+    head, ctx = build(DETACH_ITERS=10, ATTENTION=attention), context()
+    ctx.iteration = iteration
+    losses = head(ctx)
+    decoder = list(head.decoder.parameters())
+    projection = list(head.student_values.parameters())
+    teacher = list(ctx.teacher_features.values())
+
+    def learns(loss, tensors):
+        return [g is not None for g in gradients(loss, tensors)]
+
+    distillation = losses["loss_kd_icd"]
+    assert all(learns(distillation, projection))
+    assert not any(learns(distillation, [*decoder, *teacher]))
+    assert any(learns(distillation, features(ctx))) == reaches_student
+    auxiliary = losses["loss_aux_icd_conf"] + losses["loss_aux_icd_box"]
+    assert all(learns(auxiliary, decoder))
+    assert not any(learns(auxiliary, [*projection, *teacher, *features(ctx)]))
+
+
+def test_the_optimizer_of_the_head_has_the_decoder_and_the_student_projection(tmp_path):
+    teacher = kd_models.write_teacher(tmp_path)
+    cfg = kd_models.distill_cfg(
+        teacher, heads=("ICD", "Mimic"), **{f"KD__ICD__{k}": v for k, v in SMALL.items()}
+    )
+    model = kd_models.build_wrapper(cfg)
+    found = build_optimizations(cfg, model)
+    assert list(found) == [MAIN, "ICD"]
+    own = found["ICD"]
+    assert type(own.optimizer) is torch.optim.AdamW
+    parameters = [p for group in own.optimizer.param_groups for p in group["params"]]
+    assert set(parameters) == set(model.heads["ICD"].parameters())
+    assert own.optimizer.param_groups[0]["weight_decay"] == 1e-4
+    assert (own.clip.kind, own.clip.limit) == ("full_model", 0.01)
+    main = found[MAIN].optimizer
+    assert not set(parameters) & {p for group in main.param_groups for p in group["params"]}
+    losses = kd_models.losses_at(model, kd_models.make_batch())
+    assert {"loss_kd_icd", "loss_aux_icd_conf", "loss_aux_icd_box"} <= losses.keys()
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+# --- batches ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["decoder", "uniform", "fgfi"])
+def test_images_without_objects(attention):
+    head, ctx = build(ATTENTION=attention), context(boxes=0)
+    losses = head(ctx)
+    assert losses["loss_aux_icd_box"] == 0
+    assert losses["loss_aux_icd_conf"] > 0  # one fake an image
+    assert (losses["loss_kd_icd"] == 0) == (attention != "uniform")
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in head.parameters())
+
+
+def test_an_image_without_objects_counts_in_the_mean():
+    head, ctx = build(), context()
+    ctx.gt[1] = ctx.gt[1][:0]
+    torch.manual_seed(3)
+    alone = context(sizes=((40, 56),))
+    for level in STRIDES:
+        alone.student_features[level] = ctx.student_features[level][:1]
+        alone.teacher_features[level] = ctx.teacher_features[level][:1]
+    alone.gt = ctx.gt[:1]
+    expected = head(alone)["loss_kd_icd"] / 2
+    torch.manual_seed(3)
+    torch.testing.assert_close(head(ctx)["loss_kd_icd"], expected)
+
+
+def test_no_annotations_is_an_error():
+    head, ctx = build(), context()
+    ctx.gt = None
+    with pytest.raises(DataError, match="KD.HEADS: ICD needs boxes"):
+        head(ctx)
+
+
+def test_sparse_images_do_not_pay_for_crowded_ones():
+    head, ctx = build(), context()
+    generator = torch.Generator().manual_seed(0)
+    crowd = random_boxes(40, 40, 56, generator)
+    ctx.gt = [instances((40, 56), crowd), ctx.gt[1][:0]]
+    queries = head.queries(ctx)
+    assert queries.counts == [(40, 200), (0, 1)]
+    assert len(queries.encoded.vectors) == 241
+
+
+def test_a_crowd_needs_no_attention_maps():
+    size, boxes = (512, 512), 900
+    generator = torch.Generator().manual_seed(0)
+    ctx = context(sizes=(size,), canvas=size, boxes=0)
+    ctx.gt = [instances(size, random_boxes(boxes, *size, generator))]
+    head = build()
+    tokens = sum((512 // stride) ** 2 for stride in STRIDES.values())
+
+    def step():
+        sum(head(ctx).values()).backward()
+
+    one_map = 4 * boxes * tokens * SMALL["HEADS"]
+    assert peak_bytes(step) < 0.6 * one_map
+
+
+def test_the_teacher_may_have_finer_levels():
+    head, ctx = build(), context()
+    torch.manual_seed(3)
+    expected = head(ctx)
+    for level, feature in ctx.teacher_features.items():
+        ctx.teacher_features[level] = feature.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.manual_seed(3)
+    found = head(ctx)
+    for key in found:
+        torch.testing.assert_close(found[key], expected[key])
+
+
+# --- draws --------------------------------------------------------------------------------------
+
+
+class _Forbid(TorchDispatchMode):
+    """Fails on what makes a host wait for its device."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "multinomial", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in self.names, func
+        if func.overloadpacket.__name__ == "index":
+            indices = [i for i in args[1] if i is not None]
+            assert all(i.dtype not in (torch.bool, torch.uint8) for i in indices), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_never_waits_for_the_device():
+    head, ctx = build(), context()
+    with _Forbid():
+        losses = head(ctx)
+        sum(losses.values()).backward()
+    with pytest.raises(AssertionError, match="nonzero"), _Forbid():
+        torch.ones(3).nonzero()
+
+
+def test_draws_follow_the_generator_of_the_step():
+    head, ctx = build(), context()
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(head.queries(ctx).encoded.vectors)
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_real_instances_come_first_and_are_the_annotated_ones():
+    head, ctx = build(JITTER=0.0), context()
+    for instances_ in ctx.gt:
+        instances_.gt_classes += 3
+    queries = head.queries(ctx)
+    start = 0
+    for size, own, (number, fakes) in zip(ctx.image_sizes, ctx.gt, queries.counts, strict=True):
+        assert queries.real[start : start + number + fakes].tolist() == [True] * 3 + [False] * 15
+        rows = queries.encoded.vectors[start : start + number, :5]
+        assert rows.argmax(1).tolist() == [3] * 3
+        height, width = size
+        boxes = own.gt_boxes.tensor / torch.tensor([width, height, width, height])
+        half = (boxes[:, 2:] - boxes[:, :2]) / 2
+        expected = torch.cat([half, half], dim=1)
+        torch.testing.assert_close(queries.encoded.sides[start : start + number], expected)
+        start += number + fakes
+    assert start == len(queries.real)
+
+
+def test_fakes_are_drawn_from_the_priors():
+    head, ctx = build(NEGATIVES_PER_BOX=50.0), context()
+    # class 4 only, of one size, too small to be cut at the border
+    priors = BoxPriors([0.0, 0.0, 0.0, 0.0, 1.0], [[0.05, 0.04]] * 5, [[0.0, 0.0]] * 5)
+    head = ICD(
+        decoder=head.decoder, student_channels=STUDENT, priors=priors, negatives=50.0,
+        levels=head.levels, weight=1.0, mask_padding=True,
+    )  # fmt: skip
+    queries = head.queries(ctx)
+    fake = ~queries.real
+    assert queries.encoded.vectors[fake, :5].argmax(1).unique().tolist() == [4]
+    torch.testing.assert_close(
+        queries.encoded.sizes[fake], torch.tensor([[0.05, 0.04]]).expand(int(fake.sum()), 2)
+    )
+
+
+# --- the ablation -------------------------------------------------------------------------------
+
+
+def test_uniform_attention_weighs_all_valid_cells_alike():
+    head, ctx = build(ATTENTION="uniform"), context()
+    student, teacher = head.tokens(ctx)
+    expected = 0.0
+    for own, other in zip(student, teacher, strict=True):
+        values = project(head.student_values[0], own, 4)
+        target = project(head.decoder.layers[0].value, other, 4)
+        expected += value_distance(values, target, torch.ones(4, len(values))) / 2
+    torch.testing.assert_close(head(ctx)["loss_kd_icd"], head.weight * expected)
+
+
+def test_fgfi_attention_is_its_mask():
+    head, ctx = build(ATTENTION="fgfi"), context()
+    masks = head.imitation_mask.masks(ctx)
+    flat = torch.cat([masks[level].flatten(1) for level in STRIDES], dim=1).float()
+    assert 0 < flat.mean() < 1
+    queries = head.queries(ctx)
+    oracle = icd_oracle.losses(head, ctx, queries)["loss_kd_icd"]
+    before = [f.clone() for f in features(ctx)]
+    found = head(ctx)["loss_kd_icd"]
+    assert found != oracle
+    # cells outside of the mask do not matter
+    for level, old in zip(STRIDES, before, strict=True):
+        ctx.student_features[level] = old.masked_fill(~masks[level][:, None], 5.0)
+    torch.testing.assert_close(head(ctx)["loss_kd_icd"], found)
+
+
+# --- settings -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("HEADS", 3), ("HEADS", 0), ("HEADS", 16), ("JITTER", 0.5), ("JITTER", -0.1), ("LAYERS", 0)]
+    + [("ATTENTION", "all"), ("PRIORS", "coco"), ("MAX_QUERIES", 0), ("DETACH_ITERS", -1)]
+    + [("NEGATIVES_PER_BOX", -1.0), ("FFN_DIM", 0)],
+)
+def test_settings_that_cannot_work(key, value):
+    with pytest.raises(ConfigError, match=f"KD.ICD.{key}"):
+        build(**{key: value})
+
+
+def test_levels_of_different_width_are_refused():
+    cfg = head_cfg("ICD", **SMALL)
+    teacher = ToyDetector(TEACHER)
+    teacher.backbone.output_shape()["p4"] = ShapeSpec(channels=7, stride=16)
+    cfg.MODEL.RETINANET.NUM_CLASSES = 5
+    with pytest.raises(ConfigError, match="teacher's differ in width: p3 10, p4 7, p5 10"):
+        ICD.from_config(cfg, toy_info(STUDENT, cfg), toy_info(model=teacher))
+
+
+def test_weights_multiply_their_losses():
+    ctx, factors = context(), {"WEIGHT": 3.0, "CONF_WEIGHT": 5.0, "BOX_WEIGHT": 7.0}
+    found = []
+    for node in (dict.fromkeys(factors, 1.0), factors):
+        head = build(**node)
+        torch.manual_seed(3)
+        found.append(list(head(ctx).values()))
+    for (one, other), factor in zip(zip(*found, strict=True), factors.values(), strict=True):
+        torch.testing.assert_close(factor * one, other)
+
+
+# --- learning -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["conf", "box"])
+def test_an_auxiliary_task_is_learned_and_logged(task):
+    """Real instances are all of class 0, fakes of any; scales tell something about the sides."""
+    head = build(DIM=32, NEGATIVES_PER_BOX=1.0)
+    optimizer = torch.optim.AdamW(head.decoder.parameters(), lr=3e-3)
+    name = {"conf": "kd/icd_accuracy", "box": "kd/icd_box_error"}[task]
+    steps = 50
+    with EventStorage(0) as storage:
+        for step in range(steps):
+            ctx = context(seed=step)
+            ctx.log_scalars = True
+            optimizer.zero_grad()
+            head(ctx)[f"loss_aux_icd_{task}"].backward()
+            optimizer.step()
+            storage.step()
+        history = torch.tensor([value for value, _ in storage.history(name).values()])
+    assert len(history) == steps
+    if task == "conf":
+        assert history.min() >= 0 and history.max() <= 1
+        assert history[:5].mean() < 0.6 < 0.75 < history[-15:].mean()
+    else:
+        assert history[-15:].mean() < 0.8 * history[:5].mean()
