@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from projects.kd import DistillContext, ModelInfo, add_kd_config
+from projects.kd import DistillContext, ModelInfo, add_kd_config, register_class_key
 
 STRIDES = {"p3": 8, "p4": 16, "p5": 32}
 CHANNELS = 6
@@ -69,6 +69,9 @@ class ToyDetector(nn.Module):
             strides=list(strides.values()),
             offset=0.0,
         )
+
+
+register_class_key("ToyDetector", "MODEL.RETINANET.NUM_CLASSES")
 
 
 def toy_info(channels: int = CHANNELS, cfg=None, taps=("features", "dense"), model=None):
