@@ -99,7 +99,13 @@ def main(args):
     trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     if cfg.TEST.AUG.ENABLED:
-        trainer.register_hooks([hooks.EvalHook(0, lambda: test_with_tta(cfg, trainer.student))])
+        trainer.register_hooks(
+            [
+                hooks.EvalHook(
+                    0, lambda: {} if trainer.failed else test_with_tta(cfg, trainer.student)
+                )
+            ]
+        )
     return trainer.train()
 
 

@@ -81,6 +81,20 @@ def test_eval_only_never_builds_a_teacher(config, tmp_path, monkeypatch):
     assert type(evaluated[-1]).__name__ == "RetinaNet"
 
 
+def test_tta_evaluates_the_augmented_student(tmp_path, monkeypatch):
+    seen = []
+
+    def evaluate(cfg, model, output_dir):
+        seen.append((type(model).__name__, Path(output_dir).name))
+        return {"bbox": {"AP": 3.0}}
+
+    monkeypatch.setattr(train_net, "evaluate", evaluate)
+    cfg = kd_models.tiny_cfg("GeneralizedRCNN", OUTPUT_DIR=str(tmp_path))
+    student = kd_models.build(cfg)
+    assert train_net.test_with_tta(cfg, student) == {"bbox_TTA": {"AP": 3.0}}
+    assert seen == [("GeneralizedRCNNWithTTA", "inference_TTA")]
+
+
 def test_flags_that_belong_together(config):
     path, _ = config
     with pytest.raises(ConfigError, match="--method need --teacher"):

@@ -184,6 +184,42 @@ def test_bfloat16_computes_in_half_and_keeps_fp32_weights():
     assert torch.allclose(model.first.weight, full.first.weight, atol=2e-2)
 
 
+class Overflow(Toy):
+    """A finite loss whose gradient leaves the range of float16 once it is scaled."""
+
+    def forward(self, batch):
+        return {"loss": self.first(batch).float().mean() * 10.0}
+
+
+def test_float16_scales_skips_overflows_and_still_refuses_nan():
+    model = Toy()
+    loop = make_loop(model, batches(8), amp_dtype=torch.float16, gather_period=1)
+    loop.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    start = weights(model)
+    storage = run(loop, 2)
+    assert model.seen_dtype == torch.float16
+    assert not torch.equal(model.first.weight, start["first.weight"])
+    assert storage.history("grad_scale").latest() == 1024.0
+
+    model = Overflow()
+    loop = TrainLoop(
+        model,
+        batches(8),
+        {"first": torch.optim.SGD(model.first.parameters(), lr=0.1)},
+        amp_dtype=torch.float16,
+    )
+    start = weights(model)
+    run(loop, 1)  # 65536 * 10 / 3 does not fit: no step, half the scale, no error
+    assert torch.equal(model.first.weight, start["first.weight"])
+    assert loop.scaler.get_scale() == 32768.0
+
+    model = BadLoss(float("nan"), 1)
+    start = weights(model)
+    with pytest.raises(TrainingError, match="loss_b=nan"):
+        run(make_loop(model, batches(8), amp_dtype=torch.float16), 1)
+    assert torch.equal(model.first.weight, start["first.weight"])
+
+
 def test_metrics_wait_for_the_period_and_keep_their_iteration():
     model = Toy()
     loop = make_loop(model, batches(8), gather_period=4)

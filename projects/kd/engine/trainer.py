@@ -60,6 +60,7 @@ class DistillTrainer(DefaultTrainer):
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
+        self.failed = False  # an iteration raised; detectron2 still runs hooks' after_train
 
         training_model = self.build_model(cfg)
         self.student = student_of(training_model)
@@ -155,7 +156,7 @@ class DistillTrainer(DefaultTrainer):
         return PreciseBN(cfg.TEST.EVAL_PERIOD, self.student, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
 
     def _test_and_keep(self):
-        if self._failed:  # detectron2 would evaluate when the very last iteration fails
+        if self.failed:  # in the very last iteration, after which detectron2 evaluates
             return {}
         averaged = self.ema is not None and self.cfg.SOLVER.EMA.EVAL_ONLY
         with self.ema.applied() if averaged else contextlib.nullcontext():
@@ -164,7 +165,6 @@ class DistillTrainer(DefaultTrainer):
 
     def train(self):
         """Run from ``start_iter`` to MAX_ITER; returns the last evaluation's results, if any."""
-        self._failed = False
         self._trainer.seed = self.seed
         self._trainer.max_iter = self.max_iter
         if self._trainer.data_loader is None:
@@ -179,7 +179,7 @@ class DistillTrainer(DefaultTrainer):
         try:
             super().run_step()
         except BaseException:
-            self._failed = True
+            self.failed = True
             raise
 
     def state_dict(self) -> dict:
