@@ -1,0 +1,160 @@
+"""A distillation step taken apart, for timing: see tools/benchmark.py."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from detectron2.structures import Boxes, pairwise_iou
+
+from .distiller import build_training_model
+from .engine.optim import build_optimizations
+from .measure import random_batch, settle_norms
+from .taps import class_key
+
+
+class Bench:
+    """Student, teacher and some heads with random weights on one batch of noise.
+
+    Needs detectron2's event storage around it, at an iteration at which nothing is logged.
+
+    Args:
+        cfg: a distillation config whose detectors load no weights.
+        heads: names of imitation heads, instead of KD.HEADS.
+        image_size: (height, width) of the one image.
+        boxes: ground-truth boxes on it.
+    """
+
+    def __init__(self, cfg, heads, image_size, boxes):
+        self.cfg = cfg.clone()
+        self.cfg.KD.HEADS = tuple(heads)
+        torch.manual_seed(0)
+        self.model = build_training_model(self.cfg).train()
+        self.device = self.model.device
+        self.batch = random_batch(image_size, boxes, self._classes())
+        self.images = [x["image"] for x in self.batch]
+        student, teacher = self.model.student, self.model.teacher.model
+        for detector in (student, teacher):
+            settle_norms(detector.backbone, detector.preprocess_image(self.batch).tensor)
+        amp = self.cfg.SOLVER.AMP
+        self.dtype = getattr(torch, amp.DTYPE) if amp.ENABLED else None
+        self.ctx = self._observe()
+
+    def _classes(self) -> int:
+        value = self.cfg
+        for part in (class_key(self.cfg.MODEL.META_ARCHITECTURE) or "").split("."):
+            value = value[part] if part else 1
+        return value
+
+    def autocast(self):
+        """The precision of SOLVER.AMP."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    @torch.no_grad()
+    def teacher(self):
+        """The teacher's input and backbone, as every step runs them."""
+        with self.autocast():
+            tensor = self.model.teacher.preprocess(
+                self.images, self.ctx.canvas, self.model.image_format
+            )
+            return self.model.teacher.model.backbone(tensor)
+
+    def step(self, model=None):
+        """A function that trains ``model`` (the student alone by default) for one step.
+
+        Forward, losses, backward, optimizer step. Its ``clear()`` frees the gradients.
+        """
+        model = self.model.student if model is None else model
+        optimizers = [o.optimizer for o in build_optimizations(self.cfg, model).values()]
+
+        def run():
+            run.clear()
+            with self.autocast():
+                losses = model(self.batch)
+            sum(losses.values()).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+
+        def clear():
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+
+        run.clear = clear
+        return run
+
+    def base(self):
+        """Teacher's backbone and student step: what distillation cannot do without."""
+        step = self.step()
+
+        def run():
+            self.teacher()
+            step()
+
+        run.clear = step.clear
+        return run
+
+    def _observe(self):
+        """What the heads see, cut off from the networks."""
+        with self.autocast():
+            ctx, _ = self.model.observe(self.batch)
+        return dataclasses.replace(
+            ctx,
+            student_features=_leaves(ctx.student_features),
+            student_outputs=_leaves(ctx.student_outputs),
+        )
+
+    def head(self, name):
+        """A function that computes a head's losses and their gradient, at features and adapters."""
+        head = self.model.heads[name]
+        leaves = [p for p in head.parameters() if p.requires_grad]
+        leaves += _tensors((self.ctx.student_features, self.ctx.student_outputs))
+
+        def run():
+            ctx = dataclasses.replace(self.ctx, _masks={})
+            torch.autograd.grad(sum(head(ctx).values()), leaves, allow_unused=True)
+
+        return run
+
+
+def _tensors(value) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    return [x for part in value for x in _tensors(part)] if hasattr(value, "__iter__") else []
+
+
+def _leaves(value):
+    """Detached tensors in the same nesting."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().requires_grad_(value.requires_grad)
+    if isinstance(value, dict):
+        return {key: _leaves(x) for key, x in value.items()}
+    return type(value)(_leaves(x) for x in value) if type(value) in (list, tuple) else value
+
+
+def loop_masks(head, ctx) -> list[torch.Tensor]:
+    """FGFI's masks by the plain loop over boxes: what the head has to beat.
+
+    Args:
+        head: an FGFI head with detectron2's own anchors.
+        ctx: of a step.
+
+    Returns:
+        (N, H, W) bool for each of ``head.levels``, in fp32 arithmetic.
+    """
+    features = [ctx.student_features[level] for level in head.anchor_levels]
+    anchors = head.grid_anchors(features)
+    lengths = [len(part) for part in anchors]
+    everything = Boxes.cat(anchors)
+    found = torch.zeros(len(ctx.gt), len(everything), dtype=torch.bool, device=everything.device)
+    for image, instances in enumerate(ctx.gt):
+        for box in instances.gt_boxes.tensor:
+            iou = pairwise_iou(Boxes(box[None]), everything)[0]
+            parts = iou.split(lengths) if head.per_level else [iou]
+            found[image] |= torch.cat([x > head.psi * x.max() for x in parts])
+    masks = {}
+    for level, part, x in zip(head.anchor_levels, found.split(lengths, 1), features, strict=True):
+        mask = part.view(len(ctx.gt), *x.shape[-2:], -1).any(3)
+        masks[level] = mask & ctx.valid_mask(level)[:, 0] if head.mask_padding else mask
+    return [masks[level] for level in head.levels]

@@ -1,0 +1,164 @@
+#!/usr/bin/env python
+"""How strong each imitation head is beside the task losses, and which weight would balance it.
+
+    python tools/calibrate.py --config-file CONFIG [--batches 20] [--target 0.5] [KEY VALUE ...]
+
+Runs the student of MODEL.WEIGHTS and the teacher over batches of DATASETS.TRAIN without training,
+and takes for every loss the L2 norm of its gradient at the student's features (all paired levels
+together). For each head: its loss at weight 1 and at its weight in the config (schedules apart),
+its gradient norm in parts of the norm of all task losses together, and the weight that would bring
+that share to --target. Numbers are medians over the batches, in brackets the quartiles. Early and
+late in training they differ: give a trained student as MODEL.WEIGHTS to see the latter. The JSON
+file goes to OUTPUT_DIR/calibration.json, or where --output says.
+
+Share 0.5 as a start is ours: strong enough to matter, weaker than what the boxes say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch  # noqa: E402
+from detectron2.utils.events import EventStorage  # noqa: E402
+from detectron2.utils.logger import setup_logger  # noqa: E402
+from tabulate import tabulate  # noqa: E402
+
+from projects.kd import ConfigError, build_training_model, check_config, load_config  # noqa: E402
+from projects.kd.data.loader import build_train_loader  # noqa: E402
+from projects.kd.data.register import register_configured  # noqa: E402
+from projects.kd.errors import exit_on_user_error  # noqa: E402
+from projects.kd.measure import Progress, Spread, gradient_norm  # noqa: E402
+from projects.kd.weights import load_detector  # noqa: E402
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--batches", type=int, default=20)
+    parser.add_argument("--target", type=float, default=0.5, help="wanted share of the gradient")
+    parser.add_argument("--output", default="", help="default: OUTPUT_DIR/calibration.json")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE ...")
+    return parser.parse_args(argv)
+
+
+def measure_batch(model, batch) -> tuple[dict, dict]:
+    """Loss and gradient norm by name: of the task losses and their sum, of heads at weight 1."""
+    ctx, task = model.observe(batch)
+    features = [ctx.student_features[level] for level in model.level_map]
+    losses = {f"task/{name}": value for name, value in task.items()}
+    losses["task/all"] = sum(task.values())
+    for name, head in model.heads.items():
+        weight, head.weight = head.weight, 1.0
+        try:
+            with torch.autocast(model.device.type, enabled=False):
+                own = head(ctx)
+        finally:
+            head.weight = weight
+        parts = [value for key, value in own.items() if key.startswith("loss_kd_")]
+        losses[f"head/{name}"] = sum(parts)
+    norms = {name: gradient_norm(value, features) for name, value in losses.items()}
+    return {name: value.item() for name, value in losses.items()}, norms
+
+
+def summarise(model, measured, target: float) -> dict:
+    """Medians over the batches, and the weights."""
+
+    def over_batches(which, name, factor=1.0):
+        return Spread.of(factor * batch[which][name] for batch in measured).as_dict()
+
+    def shares(name, factor=1.0):
+        found = [factor * n[name] / n["task/all"] for _, n in measured if n["task/all"] > 0]
+        return Spread.of(found).as_dict() if found else None
+
+    report: dict = {"task_losses": {}, "heads": {}}
+    for name in (name for name in measured[0][0] if name.startswith("task/")):
+        report["task_losses"][name.removeprefix("task/")] = {
+            "loss": over_batches(0, name),
+            "gradient": over_batches(1, name),
+            "share": shares(name),
+        }
+    for name, head in model.heads.items():
+        share = shares(f"head/{name}")
+        at_one = share["median"] if share else 0.0
+        report["heads"][name] = {
+            "weight": head.weight,
+            "raw_loss": over_batches(0, f"head/{name}"),
+            "weighted_loss": over_batches(0, f"head/{name}", head.weight),
+            "gradient": over_batches(1, f"head/{name}", head.weight),
+            "share": shares(f"head/{name}", head.weight),
+            "suggested_weight": target / at_one if at_one > 0 else None,
+        }
+    return report
+
+
+def table(report: dict) -> str:
+    def show(spread):
+        return "{median:.4g} ({low:.3g}-{high:.3g})".format(**spread) if spread else "none"
+
+    rows = [
+        [name, "", "", show(entry["loss"]), show(entry["gradient"]), show(entry["share"]), ""]
+        for name, entry in report["task_losses"].items()
+    ]
+    for name, entry in report["heads"].items():
+        weight = entry["suggested_weight"]
+        columns = [show(entry[key]) for key in ("raw_loss", "weighted_loss", "gradient", "share")]
+        suggestion = "no gradient here" if weight is None else f"{weight:.3g}"
+        rows.append([name, f"{entry['weight']:g}", *columns, suggestion])
+    header = ["loss", "weight", "at weight 1", "weighted", "gradient", "share of task", "suggested"]
+    return tabulate(rows, header, disable_numparse=True)
+
+
+def main(args):
+    setup_logger()
+    setup_logger(name="projects")
+    if args.batches < 1 or args.target <= 0:
+        raise ConfigError("--batches must be at least 1 and --target positive")
+    cfg = load_config(args.config_file, args.opts)
+    if not cfg.KD.META_ARCHITECTURE:
+        raise ConfigError("KD.META_ARCHITECTURE is empty: give the config of a distilled student")
+    register_configured(cfg)
+    check_config(cfg)
+    torch.manual_seed(max(cfg.SEED, 0))
+    model = build_training_model(cfg).train()
+    if cfg.MODEL.WEIGHTS:
+        load_detector(model.student, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", cfg.KD.ALLOW_PICKLE)
+    amp = cfg.SOLVER.AMP
+    dtype = getattr(torch, amp.DTYPE) if amp.ENABLED else None
+    progress = Progress(args.batches)
+    batches = iter(build_train_loader(cfg, seed=max(cfg.SEED, 0)))
+    measured = []
+    # after the last iteration, when every schedule inside of a head is over
+    with EventStorage(cfg.SOLVER.MAX_ITER):
+        for _ in range(args.batches):
+            with torch.autocast(model.device.type, dtype=dtype, enabled=amp.ENABLED):
+                measured.append(measure_batch(model, next(batches)))
+            progress.tick("batches")
+    report = {
+        "config": args.config_file,
+        "opts": args.opts,
+        "weights": cfg.MODEL.WEIGHTS,
+        "batches": args.batches,
+        "images": cfg.SOLVER.IMS_PER_BATCH,
+        "target": args.target,
+        "levels": list(model.level_map),
+        **summarise(model, measured, args.target),
+    }
+    print(table(report))
+    path = args.output or os.path.join(cfg.OUTPUT_DIR, "calibration.json")
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with open(path, "w") as file:
+        json.dump(report, file, indent=1)
+    print(f"written to {path}")
+    return report
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(parse_arguments())

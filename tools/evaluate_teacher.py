@@ -1,0 +1,101 @@
+#!/usr/bin/env python
+"""Evaluate the teacher of a distillation config: the first thing to run.
+
+    python tools/evaluate_teacher.py --config-file CONFIG [KEY VALUE ...]
+
+Builds the teacher of KD.TEACHER, or, when the config names none, the model of the config itself
+with MODEL.WEIGHTS, and evaluates it on DATASETS.TEST. Images are resized and ordered as the
+teacher's own config says (INPUT.MIN_SIZE_TEST, MAX_SIZE_TEST, FORMAT); with --student-input as the
+student's config says, which is what it sees in training. Channel order always follows the teacher.
+Predictions and metrics.json are written to OUTPUT_DIR/teacher_evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch  # noqa: E402
+from detectron2.modeling import build_model  # noqa: E402
+from detectron2.utils.logger import setup_logger  # noqa: E402
+
+from projects.kd import ConfigError, build_teacher, check_config, load_config  # noqa: E402
+from projects.kd.data.register import register_configured  # noqa: E402
+from projects.kd.errors import exit_on_user_error  # noqa: E402
+from projects.kd.evaluation import evaluate  # noqa: E402
+from projects.kd.weights import load_detector  # noqa: E402
+
+INPUT_KEYS = ("MIN_SIZE_TEST", "MAX_SIZE_TEST")
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--student-input", action="store_true", help="resize as for the student")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE ...")
+    return parser.parse_args(argv)
+
+
+def build(cfg, student_input: bool):
+    """The detector, and the config whose INPUT and MODEL describe it."""
+    cfg = cfg.clone()
+    if not cfg.KD.TEACHER.CONFIG_FILE:
+        if not cfg.MODEL.WEIGHTS:
+            raise ConfigError("MODEL.WEIGHTS is empty: name the weights to evaluate")
+        model = build_model(cfg)
+        missing = load_detector(model, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", cfg.KD.ALLOW_PICKLE)
+        if missing:
+            raise ConfigError(
+                f"MODEL.WEIGHTS: '{cfg.MODEL.WEIGHTS}' lacks {len(missing)} of the model's "
+                f"parameters: {', '.join(missing)}"
+            )
+        return model.eval(), cfg
+    teacher = build_teacher(cfg)
+    cfg.INPUT.FORMAT = teacher.input_format
+    if teacher.cfg is not None:
+        # what this model predicts, and how many of it
+        cfg.MODEL.MASK_ON = teacher.cfg.MODEL.MASK_ON
+        cfg.MODEL.KEYPOINT_ON = teacher.cfg.MODEL.KEYPOINT_ON
+        cfg.TEST.DETECTIONS_PER_IMAGE = teacher.cfg.TEST.DETECTIONS_PER_IMAGE
+        for key in () if student_input else INPUT_KEYS:
+            cfg.INPUT[key] = teacher.cfg.INPUT[key]
+    return teacher.model, cfg
+
+
+def main(args):
+    setup_logger()
+    setup_logger(name="projects")
+    cfg = load_config(args.config_file, args.opts)
+    register_configured(cfg)
+    check_config(cfg, training=False)
+    if not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST is empty: name a data set to evaluate on")
+    model, cfg = build(cfg, args.student_input)
+    folder = os.path.join(cfg.OUTPUT_DIR, "teacher_evaluation")
+    with torch.no_grad():
+        results = evaluate(cfg, model, output_dir=folder)
+    report = {
+        "config": args.config_file,
+        "teacher": cfg.KD.TEACHER.CONFIG_FILE or args.config_file,
+        "weights": cfg.KD.TEACHER.WEIGHTS if cfg.KD.TEACHER.CONFIG_FILE else cfg.MODEL.WEIGHTS,
+        "data": list(cfg.DATASETS.TEST),
+        "input": {key: cfg.INPUT[key] for key in (*INPUT_KEYS, "FORMAT")},
+        "results": results,
+    }
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "metrics.json")
+    with open(path, "w") as file:
+        json.dump(report, file, indent=1)
+    print(f"written to {path}")
+    return report
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(parse_arguments())
