@@ -14,7 +14,7 @@ from torch import nn
 
 
 def register_noise(folder, name: str, count: int = 12) -> list[dict]:
-    """Write images of 64x48 and 48x64 with one to three boxes each; replaces a data set of the same name."""
+    """Register images of 64x48 and 48x64 with one to three boxes each under a (maybe used) name."""
     dicts = []
     for i in range(count):
         width, height = (48, 64) if i % 3 == 0 else (64, 48)
