@@ -263,6 +263,12 @@ def value_distance(
     return _ValueDistance.apply(student, teacher.detach(), weights.detach())
 
 
+def token_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """(L, M) e of :func:`value_distance` for (L, M, d) values, to look at; no gradient."""
+    with torch.no_grad():
+        return (_normalise(student)[0] - _normalise(teacher)[0]).square().mean(2)
+
+
 class _ValueDistance(torch.autograd.Function):
     """With s' and t' the normalised values and c = mean(s' t'): the gradient of e over s is
     ``2 / (d sigma_s) (s' (1 - mean(s'^2) + c) - t')``, a linear function of s and t."""

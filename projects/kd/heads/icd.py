@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 import torch
 from detectron2.data import MetadataCatalog
@@ -13,15 +12,11 @@ from torch import nn
 from ..adapters import align_spatial
 from ..context import DistillContext, ModelInfo
 from ..data.priors import BoxPriors, dataset_priors, uniform_priors
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..functional.icd import (
-    Encoded,
     Priors,
-    encode_instances,
     identification_loss,
     localisation_error,
-    query_counts,
-    sample_fakes,
     summed_attention,
     value_distance,
 )
@@ -29,30 +24,10 @@ from ..taps import class_key
 from .base import IMITATION_HEAD_REGISTRY, ImitationHead
 from .fgfi import FGFI, student_anchors
 from .icd_decoder import InstanceDecoder, Read, project
+from .icd_queries import Queries, draw_queries
 
 ATTENTIONS = ("decoder", "uniform", "fgfi")
 PRIORS = ("dataset", "uniform")
-
-
-class Queries(NamedTuple):
-    """The instances of a batch, image after image, in each image the real ones first.
-
-    Attributes:
-        encoded: all of them, see :class:`~projects.kd.functional.icd.Encoded`.
-        real: (Q,) bool.
-        counts: per image the numbers of real and fake instances.
-    """
-
-    encoded: Encoded
-    real: torch.Tensor
-    counts: list[tuple[int, int]]
-
-    def only_real(self, x: torch.Tensor) -> torch.Tensor:
-        """The rows of (Q, ...) that belong to real instances (no mask: that would be a sync)."""
-        images = x.split([sum(count) for count in self.counts])
-        return torch.cat(
-            [own[:number] for own, (number, _) in zip(images, self.counts, strict=True)]
-        )
 
 
 @IMITATION_HEAD_REGISTRY.register()
@@ -147,7 +122,11 @@ class ICD(ImitationHead):
             max_queries=node.MAX_QUERIES,
             detach_iters=node.DETACH_ITERS,
             attention=node.ATTENTION,
-            imitation_mask=_imitation_mask(cfg, student, kwargs),
+            imitation_mask=(
+                fgfi_mask(cfg, student, levels, kwargs["mask_padding"])
+                if node.ATTENTION == "fgfi"
+                else None
+            ),
             conf_weight=node.CONF_WEIGHT,
             box_weight=node.BOX_WEIGHT,
         )
@@ -175,29 +154,10 @@ class ICD(ImitationHead):
         """The decoder and the student's value projections."""
         return self.parameters()
 
-    @torch.no_grad()
     def queries(self, ctx: DistillContext) -> Queries:
-        """Encode the objects of every image and as many fakes as belong to them.
-
-        Random numbers are drawn on the device, from the generator that training seeds every step;
-        nothing is read back.
-        """
-        if ctx.gt is None:
-            raise DataError("KD.HEADS: ICD needs boxes, and this batch has no annotations")
+        """The objects of every image and as many fakes as belong to them."""
         priors = Priors(self.class_share, self.mean_size, self.size_spread)
-        encoded, real, counts = [], [], []
-        for size, instances in zip(ctx.image_sizes, ctx.gt, strict=True):
-            count = query_counts(len(instances), self.negatives, self.max_queries)
-            classes, boxes = sample_fakes(count[1], priors, size)
-            classes = torch.cat([instances.gt_classes, classes])
-            boxes = torch.cat([instances.gt_boxes.tensor.to(boxes.dtype), boxes])
-            jitter = torch.rand(len(boxes), 2, device=boxes.device, dtype=boxes.dtype)
-            jitter = self.jitter * (2 * jitter - 1)
-            encoded.append(encode_instances(classes, boxes, size, jitter, len(self.class_share)))
-            real.append(torch.arange(len(boxes), device=boxes.device) < count[0])
-            counts.append(count)
-        packed = Encoded(*(torch.cat(parts) for parts in zip(*encoded, strict=True)))
-        return Queries(packed, torch.cat(real), counts)
+        return draw_queries(ctx, priors, self.jitter, self.negatives, self.max_queries)
 
     def tokens(self, ctx: DistillContext) -> tuple[list, list]:
         """Per image the levels (C, h, w) of the student's and of the teacher's features, fp32.
@@ -321,16 +281,24 @@ def _width(side: str, info: ModelInfo, levels) -> int:
     return next(iter(widths.values()))
 
 
-def _imitation_mask(cfg, student: ModelInfo, kwargs: dict) -> FGFI | None:
-    """The FGFI head that gives the weights of ATTENTION "fgfi"; it has no parameters."""
-    if cfg.KD.ICD.ATTENTION != "fgfi":
-        return None
-    anchors, anchor_levels = student_anchors(cfg, student, kwargs["levels"])
-    without = [level for level in kwargs["levels"] if level not in anchor_levels]
+def fgfi_mask(cfg, student: ModelInfo, levels: Sequence[str], mask_padding: bool) -> FGFI:
+    """An FGFI head without parameters, of which only ``masks`` is asked.
+
+    Args:
+        cfg: the student's config; KD.FGFI sets the anchors and the threshold.
+        student: its side.
+        levels: those that need a mask.
+        mask_padding: leave the padding of a batch out.
+
+    Raises:
+        ConfigError: a level on which the student has no anchors.
+    """
+    anchors, anchor_levels = student_anchors(cfg, student, levels)
+    without = [level for level in levels if level not in anchor_levels]
     if without:
         raise ConfigError(
             f"KD.ICD.LEVELS (or KD.LEVELS): the student has no anchors on {', '.join(without)}, "
-            "which KD.ICD.ATTENTION 'fgfi' needs"
+            "which the mask of FGFI needs"
         )
     return FGFI(
         adapters=nn.ModuleDict(),
@@ -338,7 +306,7 @@ def _imitation_mask(cfg, student: ModelInfo, kwargs: dict) -> FGFI | None:
         anchor_levels=anchor_levels,
         psi=cfg.KD.FGFI.THRESH_FACTOR,
         per_level=cfg.KD.FGFI.ASSIGN == "per_level",
-        levels=kwargs["levels"],
+        levels=levels,
         weight=0.0,
-        mask_padding=kwargs["mask_padding"],
+        mask_padding=mask_padding,
     )

@@ -1,0 +1,266 @@
+#!/usr/bin/env python
+"""Draw what an ICD run distils in one image: where it looks, and what the training changed.
+
+    python tools/visualize_distill.py --config-file configs/shapes/retinanet_student_icd.yaml \\
+        --checkpoint output/shapes/retinanet_student_icd/model_final.pth --output icd.png
+
+Rows of the picture, one column for each level of the pyramid:
+
+  the objects of the image, and the mask of FGFI
+  for each chosen object, where the decoder's heads (their mean) look for it in the teacher
+  distance of the student's values to the teacher's (2 (1 - correlation), 0 to 2), before training
+  the same after training
+
+The checkpoint is one that training wrote: it holds the student and the decoder. "Before" is the
+student at MODEL.WEIGHTS or, without, at the random start that SEED gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import matplotlib  # noqa: E402
+import torch  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog  # noqa: E402
+from detectron2.data import transforms as T  # noqa: E402
+from detectron2.utils.env import seed_all_rng  # noqa: E402
+from detectron2.utils.events import EventStorage  # noqa: E402
+from matplotlib.patches import Rectangle  # noqa: E402
+
+from projects.kd import build_training_model, check_config, load_config  # noqa: E402
+from projects.kd.data.mapper import NamedErrors  # noqa: E402
+from projects.kd.data.register import register_configured  # noqa: E402
+from projects.kd.distiller import paired_infos  # noqa: E402
+from projects.kd.engine.checkpoint import Heads  # noqa: E402
+from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
+from projects.kd.functional.icd import (  # noqa: E402
+    summed_attention,
+    token_distance,
+)
+from projects.kd.heads.icd import fgfi_mask  # noqa: E402
+from projects.kd.heads.icd_decoder import project  # noqa: E402
+from projects.kd.inherit import inherit  # noqa: E402
+from projects.kd.weights import load_detector, read_torch_file  # noqa: E402
+
+
+def load_example(cfg, dataset: str, index: int) -> dict:
+    """One image of a data set at test size, with its annotations."""
+    if dataset not in DatasetCatalog.list():
+        raise ConfigError(f"--dataset: '{dataset}' is not registered")
+    entries = DatasetCatalog.get(dataset)
+    if not 0 <= index < len(entries):
+        raise ConfigError(f"--index: {index} is not in 0 .. {len(entries) - 1}")
+    resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    mapper = DatasetMapper(
+        is_train=True,
+        augmentations=[resize],
+        image_format=cfg.INPUT.FORMAT,
+        use_instance_mask=False,
+    )
+    example = NamedErrors(mapper)(entries[index])
+    if not len(example["instances"]):
+        raise ConfigError(f"--index: image {index} of '{dataset}' has no objects")
+    return example
+
+
+class Views:
+    """What the picture shows, computed on the model as it is now.
+
+    Args:
+        cfg: of the run.
+        model: the training wrapper in eval mode.
+        example: of :func:`load_example`.
+    """
+
+    def __init__(self, cfg, model, example: dict):
+        with EventStorage(1):  # nothing is logged in iteration 1
+            self.ctx, _ = model.observe([example])
+        self.head = model.heads["ICD"]
+        self.levels = self.head.levels
+        student, teacher = self.head.tokens(self.ctx)
+        self.sizes = [tuple(level.shape[-2:]) for level in student[0]]
+        layer = self.head.decoder.layers[-1]
+        own = project(self.head.student_values[-1], student[0], layer.heads)
+        target = project(layer.value, teacher[0], layer.heads)
+        self.distance = token_distance(own, target).mean(1)
+        self.info = paired_infos(cfg, model.student, model.teacher, model.level_map)[0]
+        self.teacher_tokens = teacher
+
+    def split(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """(L,) to one (h, w) map a level."""
+        areas = [h * w for h, w in self.sizes]
+        return [p.view(size) for p, size in zip(tokens.split(areas), self.sizes, strict=True)]
+
+    def attention(self, chosen: list[int]) -> list[torch.Tensor]:
+        """Per chosen object (L,), the mean over heads of the last layer, sum 1."""
+        jitter, self.head.jitter = self.head.jitter, 0.0
+        queries = self.head.queries(self.ctx)
+        self.head.jitter = jitter
+        counts = [sum(pair) for pair in queries.counts]
+        *_, reads = self.head.decoder(queries.encoded.vectors, counts, self.teacher_tokens)
+        read = reads[-1][0]
+        return [summed_attention(read.queries[i : i + 1], read.keys).mean(0) for i in chosen]
+
+    def mask(self, cfg) -> list[torch.Tensor]:
+        """One (h, w) mask of FGFI a level."""
+        masks = fgfi_mask(cfg, self.info, self.levels, self.head.mask_padding).masks(self.ctx)
+        parts = zip(self.levels, self.sizes, strict=True)
+        return [masks[level][0, :h, :w].float() for level, (h, w) in parts]
+
+
+def choose(example: dict, wanted: list[int]) -> list[int]:
+    """The objects to show: those asked for, or three of different size."""
+    objects = example["instances"]
+    if wanted:
+        outside = [i for i in wanted if not 0 <= i < len(objects)]
+        if outside:
+            raise ConfigError(f"--objects: {outside[0]} is not in 0 .. {len(objects) - 1}")
+        return wanted
+    order = objects.gt_boxes.area().argsort().tolist()
+    places = torch.linspace(0, len(order) - 1, min(3, len(order))).round().long()
+    return [order[i] for i in places.tolist()]
+
+
+def draw(path: str, image, objects, names, chosen, strides, mask, attention, distances) -> None:
+    """Write the picture.
+
+    Args:
+        path: of the file.
+        image: (H, W, 3) RGB, 0..255.
+        objects: detectron2 Instances of the image.
+        names: class names.
+        chosen: indices of the objects with a row of their own.
+        strides: level to stride.
+        mask: one (h, w) map a level.
+        attention: the same for each chosen object.
+        distances: title to one (h, w) map a level.
+    """
+    height, width = image.shape[:2]
+    rows = 1 + len(chosen) + len(distances)
+    figure, grid = plt.subplots(
+        rows,
+        1 + len(strides),
+        figsize=(2.4 * (1 + len(strides)), 2.4 * height / width * rows + 0.3 * rows),
+        squeeze=False,
+    )
+    grey = image.float().mean(2)
+
+    def show(axes, maps, top, title="", shares=False):
+        for ax, cells, (level, stride) in zip(axes, maps, strides.items(), strict=True):
+            rows, columns = cells.shape
+            ax.imshow(grey, cmap="gray", vmin=0, vmax=255, alpha=0.5)
+            extent = (0, columns * stride, rows * stride, 0)
+            heat = ax.imshow(cells, cmap="inferno", vmin=0, vmax=top, alpha=0.7, extent=extent)
+            ax.set(xlim=(0, width), ylim=(height, 0))
+            label = (
+                f"{level} {100 * cells.sum():.0f}%" if shares else f"{level}: {cells.mean():.2f}"
+            )
+            ax.set_title(title or label, fontsize=7)
+        return heat
+
+    def boxes(ax, indices):
+        ax.imshow(image / 255)
+        for i in indices:
+            x1, y1, x2, y2 = objects.gt_boxes.tensor[i].tolist()
+            colour = plt.get_cmap("tab10")(i % 10)
+            ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour))
+            text = f"{i} {names[objects.gt_classes[i]]}"
+            style = {"facecolor": colour, "alpha": 0.75, "pad": 0.6, "edgecolor": "none"}
+            ax.text(x1, y1, text, fontsize=5, color="white", bbox=style, va="bottom")
+
+    boxes(grid[0][0], range(len(objects)))
+    grid[0][0].set_title("objects | mask of FGFI", fontsize=7)
+    show(grid[0][1:], mask, 1.0)
+    for line, index, maps in zip(grid[1:], chosen, attention, strict=False):
+        boxes(line[0], [index])
+        line[0].set_title(f"ICD looks for object {index}", fontsize=7)
+        show(line[1:], maps, max(cells.max().item() for cells in maps), shares=True)
+    for line, (title, maps) in zip(grid[1 + len(chosen) :], distances.items(), strict=True):
+        line[0].imshow(image / 255)
+        line[0].set_title(title, fontsize=7)
+        heat = show(line[1:], maps, 2.0)
+    figure.colorbar(heat, ax=grid[-len(distances) :, -1].tolist(), fraction=0.05)
+    for ax in grid.flat:
+        ax.axis("off")
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    try:
+        figure.savefig(path, dpi=130, bbox_inches="tight")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--output: {path} cannot be written: {error}") from error
+    plt.close(figure)
+
+
+@torch.no_grad()
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="of the run, with KD.HEADS (ICD,)")
+    parser.add_argument("--checkpoint", required=True, help="written by the run")
+    parser.add_argument("--output", required=True, help="the picture to write")
+    parser.add_argument("--dataset", default="", help="default: the first of DATASETS.TEST")
+    parser.add_argument("--index", type=int, default=0, help="of the image in the data set")
+    parser.add_argument("--objects", type=int, nargs="*", default=[], help="default: three")
+    parser.add_argument("opts", nargs="*", help="config overrides: KEY VALUE ...")
+    args = parser.parse_args(argv)
+    cfg = load_config(args.config_file, args.opts)
+    register_configured(cfg)
+    check_config(cfg)
+    if "ICD" not in cfg.KD.HEADS:
+        raise ConfigError(f"--config-file: KD.HEADS {tuple(cfg.KD.HEADS)} has no ICD to show")
+    dataset = args.dataset or cfg.DATASETS.TEST[0]
+    example = load_example(cfg, dataset, args.index)
+    chosen = choose(example, args.objects)
+
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED)  # as training does before it builds the model
+    model = build_training_model(cfg).eval()
+    if cfg.MODEL.WEIGHTS:
+        load_detector(model.student, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", cfg.KD.ALLOW_PICKLE)
+    if cfg.KD.INIT_FROM_TEACHER:
+        inherit(model.student, model.teacher.model, cfg.KD.INIT_FROM_TEACHER)
+    before = Views(cfg, model, example)
+
+    content = read_torch_file(args.checkpoint, "--checkpoint")
+    if "distill" not in content:
+        raise ConfigError(
+            f"--checkpoint: {args.checkpoint} is of no distillation run (no 'distill')"
+        )
+    missing = load_detector(model.student, args.checkpoint, "--checkpoint")
+    if missing:
+        raise ConfigError(f"--checkpoint: {args.checkpoint} lacks {missing[0]} of the student")
+    Heads(model.heads).load_state_dict(content["distill"])
+    after = Views(cfg, model, example)
+
+    attention = after.attention(chosen)
+    weights = torch.stack(attention).mean(0)
+    distances = {}
+    for title, views in (("before", before), ("after", after)):
+        mean, weighted = views.distance.mean(), (views.distance * weights).sum()
+        line = f"{title}: mean {mean:.3f}, where ICD looks {weighted:.3f}"
+        distances[line.replace(", ", "\n")] = views.split(views.distance)
+        print(f"distance of values {line}")
+    image = example["image"] if cfg.INPUT.FORMAT == "RGB" else example["image"].flip(0)
+    draw(
+        args.output,
+        image.permute(1, 2, 0),
+        example["instances"],
+        MetadataCatalog.get(dataset).thing_classes,
+        chosen,
+        {level: after.ctx.stride(level) for level in after.levels},
+        after.mask(cfg),
+        [after.split(one) for one in attention],
+        distances,
+    )
+    print(f"{args.output}: image {args.index} of {dataset}, objects {chosen}")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()
