@@ -41,12 +41,21 @@ def test_masks_equal_a_loop_over_cells():
                         # the cell's first pixel lies inside the image
                         inside = row * stride < height and column * stride < width
                         assert mask[image, 0, row, column] == inside
+            assert ctx.has_padding(level) == (not mask.all())
 
 
 def test_masks_are_computed_once():
     ctx = make_context([(30, 40)], (32, 64), {"p3": 8})
     assert ctx.valid_mask("p3") is ctx.valid_mask("p3")
     assert ctx.stride("p3") == 8
+
+
+@pytest.mark.parametrize("size", [(56, 96), (64, 88), (57, 96), (64, 96)])
+def test_padding_in_one_direction_is_seen(size):
+    ctx = make_context([size, (64, 96)], (64, 96), {"p3": 8, "p4": 16})
+    for level in ("p3", "p4"):
+        assert ctx.has_padding(level) == (not ctx.valid_mask(level).all())
+    assert ctx.has_padding("p3") == (size in ((56, 96), (64, 88)))
 
 
 def test_an_unpadded_batch_is_valid_everywhere():

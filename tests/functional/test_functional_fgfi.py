@@ -192,6 +192,15 @@ def test_an_iou_of_exactly_half_the_best_is_left_out():
         assert_same(anchor_masks([box], anchors, [(2, 2)] * 2, psi), [first, second])
 
 
+@pytest.mark.parametrize(("psi", "selected"), [(0.6, 1), (0.5999, 5)])
+def test_neighbours_with_an_iou_of_exactly_the_limit_are_left_out(psi, selected):
+    """Shifted by a quarter of its side, an anchor has IoU 0.75 / 1.25 = 0.6 with its old place."""
+    grid = AnchorGrid(torch.tensor([[-16.0, -16, 16, 16]]), 8, (7, 7), 0.0)
+    box = torch.tensor([[8.0, 8, 40, 40]])
+    (mask,) = grid_masks([box], [grid], psi)
+    assert int(mask.sum()) == selected and mask[0, 3, 3]
+
+
 def test_a_batch_is_its_images_and_pieces_change_nothing():
     grids, _ = golden_grids()
     generator = torch.Generator().manual_seed(0)

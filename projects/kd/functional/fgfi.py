@@ -274,7 +274,7 @@ def gather_cells(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     cells = mask.flatten(1).nonzero()
     if len(x) == 1:
         return x[0].flatten(1).index_select(1, cells[:, 1]).T
-    many = cells[:, 0].bincount(minlength=len(x)).tolist()
+    many = mask.flatten(1).sum(1).tolist()
     rows = [
         image.flatten(1).index_select(1, index).T
         for image, index in zip(x, cells[:, 1].split(many), strict=True)

@@ -46,10 +46,9 @@ class _Pearson(torch.autograd.Function):
     def forward(ctx, student, teacher, mask):
         channels = student.shape[1]
         if mask is None:
-            count = student.new_tensor(student.numel() // max(channels, 1))
+            cells = student.new_tensor(student.numel() // channels)
         else:
-            count = mask.sum().to(student.dtype)
-        cells = count.clamp(min=1)
+            cells = mask.sum().clamp(min=1).to(student.dtype)
         a, mean_student = _centred(student, cells, mask)
         b, mean_teacher = _centred(teacher, cells, mask)
         # sums of centred products: no cancellation of large means
@@ -64,13 +63,13 @@ class _Pearson(torch.autograd.Function):
             - 2 * ab / (scale_student * scale_teacher)
         )
         # d loss / d s = slope_a * (s - mean) + slope_b * (t - mean) within a channel
-        enough = (count > 1) / (channels * cells)
+        share = 1 / (channels * cells)
         along = aa / scale_student - ab / scale_teacher
-        along = along / (scale_student * freedom * deviation.clamp(min=torch.finfo(aa.dtype).tiny))
-        slope_a = enough * (1 / scale_student - along) / scale_student
-        slope_b = -enough / (scale_student * scale_teacher)
+        along = along / (scale_student * freedom * deviation.clamp(min=1e-12))
+        slope_a = share * (1 / scale_student - along) / scale_student
+        slope_b = -share / (scale_student * scale_teacher)
         ctx.save_for_backward(student, teacher, mask, mean_student, mean_teacher, slope_a, slope_b)
-        return (0.5 * enough * squared).sum()
+        return (0.5 * share * squared).sum()
 
     @staticmethod
     @once_differentiable
