@@ -46,7 +46,8 @@ def test_builds_with_its_teacher_and_heads(name):
     cfg = load(name)
     cfg.MODEL.DEVICE = "meta"
     cfg.KD.TEACHER.WEIGHTS = ""
-    cfg.KD.TEACHER.OPTS = ["MODEL.WEIGHTS", ""]
+    cfg.MODEL.TIMM.WEIGHTS = ""
+    cfg.KD.TEACHER.OPTS = ["MODEL.WEIGHTS", "", "MODEL.TIMM.WEIGHTS", ""]
     cfg.KD.TEACHER.ALLOW_MISSING = True
     with torch.device("meta"):
         model = build_training_model(cfg)
