@@ -55,6 +55,7 @@ def add_kd_config(cfg: CN) -> None:
     _add_head_keys(cfg)
     _add_icd_keys(cfg)
     _add_solver_keys(cfg)
+    _add_data_keys(cfg)
     _add_backbone_keys(cfg)
     for hook in _CONFIG_HOOKS:
         hook(cfg)
@@ -198,6 +199,14 @@ def _add_solver_keys(cfg: CN) -> None:
     solver.EMA.DECAY = 0.9998
     # True: evaluate the averaged weights during training.
     solver.EMA.EVAL_ONLY = False
+
+
+def _add_data_keys(cfg: CN) -> None:
+    # detectron2 reads these two but has no defaults for them.
+    # Share of the images that RandomSubsetTrainingSampler draws from.
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
+    # [[data set, factor], ...] for WeightedTrainingSampler and WeightedCategoryTrainingSampler.
+    cfg.DATASETS.TRAIN_REPEAT_FACTOR = []
 
 
 def _add_backbone_keys(cfg: CN) -> None:
