@@ -1,0 +1,158 @@
+"""tools/compare.py: which runs it makes, what it keeps, and what it writes; trainings are faked."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+from projects.kd.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def compare():
+    spec = importlib.util.spec_from_file_location("compare_tool", ROOT / "tools" / "compare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def suite(tmp_path):
+    teacher = str(ROOT / "configs/shapes/retinanet_teacher.yaml")
+    student = str(ROOT / "configs/shapes/retinanet_student.yaml")
+    return {
+        "title": "test",
+        "dataset": "compare_toy",
+        "baseline": "student",
+        "show": ["teacher", "student"],
+        "rows": [
+            {"name": "student", "config": student},
+            {"name": "teacher", "config": teacher, "role": "teacher"},
+            {"name": "student+X", "config": student, "opts": ["SOLVER.MAX_ITER", 7]},
+        ],
+    }
+
+
+@pytest.fixture
+def toy_data(tmp_path):
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.datasets import register_coco_instances
+
+    image = np.full((40, 60, 3), 90, np.uint8)
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    content = {
+        "images": [{"id": 3, "file_name": "a.png", "width": 60, "height": 40}],
+        "annotations": [
+            {"id": 1, "image_id": 3, "category_id": 5, "bbox": [5, 5, 20, 20], "area": 400,
+             "iscrowd": 0}  # fmt: skip
+        ],
+        "categories": [{"id": 5, "name": "thing"}],
+    }
+    (tmp_path / "toy.json").write_text(json.dumps(content))
+    register_coco_instances("compare_toy", {}, str(tmp_path / "toy.json"), str(tmp_path))
+    yield
+    DatasetCatalog.remove("compare_toy")
+    MetadataCatalog.remove("compare_toy")
+
+
+def fake_training(monkeypatch, compare, scores, status=0):
+    """Each call writes what train_net.py would; returns the list of commands."""
+    commands = []
+
+    def run(command, log, progress):
+        commands.append(command)
+        folder = Path(command[command.index("OUTPUT_DIR") + 1])
+        Path(log).write_text("error: something is wrong\n" if status else "fine\n")
+        if status:
+            return status
+        line = {"iteration": 9, "bbox/AP": scores[len(commands) - 1]}
+        (folder / "metrics.json").write_text(json.dumps(line) + "\n")
+        (folder / "inference").mkdir(exist_ok=True)
+        box = {"image_id": 3, "category_id": 5, "bbox": [4, 4, 20, 20], "score": 0.9}
+        (folder / "inference" / "coco_instances_results.json").write_text(json.dumps([box]))
+        return 0
+
+    monkeypatch.setattr(compare, "_run_quietly", run)
+    return commands
+
+
+def execute(compare, suite, output, seeds=(1, 2), opts=()):
+    runs = compare.make_runs(suite, list(seeds), str(output), list(opts))
+    for i, run in enumerate(runs):
+        run.execute(f"{i}")
+    return compare.write_report(suite, runs, str(output), "command")
+
+
+def test_teacher_first_then_seed_by_seed_with_its_weights(compare, suite, tmp_path):
+    runs = compare.make_runs(suite, [1, 2], str(tmp_path), ["SOLVER.BASE_LR", 0.1])
+    assert [run.label for run in runs] == [
+        "teacher", "student, seed 1", "student+X, seed 1", "student, seed 2", "student+X, seed 2"
+    ]  # fmt: skip
+    weights = os.path.join(runs[0].dir, "model_final.pth")
+    assert all(run.opts[:2] != ["KD.TEACHER.WEIGHTS", weights] for run in runs[:1])
+    for run in runs[1:]:
+        assert run.opts[run.opts.index("KD.TEACHER.WEIGHTS") + 1] == weights
+        assert run.opts[-2:] == ["SEED", run.seed]
+    assert "SOLVER.MAX_ITER" in runs[2].opts and "SOLVER.MAX_ITER" not in runs[1].opts
+    assert len({run.dir for run in runs}) == 5
+
+
+def test_report_and_pictures(compare, suite, tmp_path, toy_data, monkeypatch):
+    commands = fake_training(monkeypatch, compare, [30.0, 1.0, 4.0, 3.0, 8.0])
+    report = execute(compare, suite, tmp_path / "out")
+    assert len(commands) == 5
+    on_disk = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert on_disk == report and on_disk["dataset"] == "compare_toy"
+    by_name = {row["name"]: row for row in on_disk["rows"]}
+    assert (by_name["teacher"]["AP"], by_name["teacher"]["seeds"]) == (30.0, 1)
+    assert (by_name["student"]["AP"], by_name["student+X"]["AP"]) == (2.0, 6.0)
+    assert "+4.0" in (tmp_path / "out" / "report.md").read_text()
+    picture = cv2.imread(str(tmp_path / "out" / "detections.png"))
+    assert picture.std() > 10 and (tmp_path / "out" / "ap.png").stat().st_size > 5000
+
+
+def test_finished_runs_are_kept_and_changed_ones_moved_aside(
+    compare, suite, tmp_path, toy_data, monkeypatch
+):
+    commands = fake_training(monkeypatch, compare, [float(i) for i in range(20)])
+    execute(compare, suite, tmp_path, seeds=[1])
+    assert len(commands) == 3
+    execute(compare, suite, tmp_path, seeds=[1])
+    assert len(commands) == 3
+    suite["rows"][2]["opts"] = ["SOLVER.MAX_ITER", 8]
+    execute(compare, suite, tmp_path, seeds=[1])
+    assert len(commands) == 4
+    assert (tmp_path / "runs" / "student+X" / "seed1.old1" / "metrics.json").is_file()
+    suite["rows"][1]["opts"] = ["SOLVER.MAX_ITER", 9]  # another teacher: everything again
+    execute(compare, suite, tmp_path, seeds=[1])
+    assert len(commands) == 7
+
+
+def test_an_interrupted_run_is_resumed(compare, suite, tmp_path, toy_data, monkeypatch):
+    run = compare.make_runs(suite, [1], str(tmp_path), [])[1]
+    fake_training(monkeypatch, compare, [], status=1)
+    with pytest.raises(ConfigError, match="student, seed 1 failed .*something is wrong"):
+        run.execute("1/1")
+    (Path(run.dir) / "last_checkpoint").write_text("model_0000004.pth")
+    commands = fake_training(monkeypatch, compare, [1.0])
+    run.execute("1/1")
+    assert "--resume" in commands[0]
+
+
+def test_a_suite_without_rows_is_refused(compare, tmp_path):
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump({"dataset": "x"}))
+    with pytest.raises(ConfigError, match="dataset and rows"):
+        compare.read_suite(str(path))
+    path.write_text("rows: [")
+    with pytest.raises(ConfigError, match="cannot read"):
+        compare.read_suite(str(path))

@@ -1,0 +1,68 @@
+"""Tables of results: what they average, what they leave out, and how they are written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from projects.kd.report import last_metrics, markdown_table, read_jsonl, summarise, write_atomically
+
+
+def write_lines(path, lines):
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_last_metrics_takes_the_last_evaluation_of_the_task(tmp_path):
+    lines = [
+        json.dumps({"iteration": 9, "bbox/AP": 1.0, "bbox/APs": 0.5, "segm/AP": 9.0}),
+        json.dumps({"iteration": 10, "total_loss": 3.0}),
+        '{"iteration": 19, "bbox/AP": 2.5, "bbox/APs": NaN}',
+        '{"iteration": 29, "bbox/AP": 7',  # torn by a kill
+    ]
+    write_lines(tmp_path / "metrics.json", lines)
+    found = last_metrics(str(tmp_path))
+    assert found["AP"] == 2.5 and found["iteration"] == 19
+    assert found["APs"] != found["APs"]
+    assert len(read_jsonl(str(tmp_path / "metrics.json"))) == 3
+    assert last_metrics(str(tmp_path / "nowhere")) == {}
+
+
+def test_summarise_averages_and_spreads_over_seeds():
+    nan = float("nan")
+    row = summarise("a", [{"AP": 1.0, "APl": nan}, {"AP": 2.0, "APl": nan}, {"AP": 6.0}], x=1)
+    assert row["AP"] == 3.0
+    assert row["AP_std"] == pytest.approx(2.646)  # sample deviation: sqrt((4 + 1 + 9) / 2)
+    assert row["AP_seeds"] == [1.0, 2.0, 6.0]
+    assert row["APl"] is None and row["AP50"] is None
+    assert row["seeds"] == 3 and row["x"] == 1
+    assert summarise("b", [{"AP": 1.0}])["AP_std"] is None
+    json.dumps(row, allow_nan=False)
+
+
+def test_table_shows_gains_over_the_baseline():
+    rows = [
+        summarise("teacher", [{"AP": 34.0}]),
+        summarise("student", [{"AP": 1.0}, {"AP": 2.0}]),
+        summarise("student+X", [{"AP": 4.0}, {"AP": 6.0}]),
+    ]
+    lines = markdown_table(rows, "student").splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert "34.0" in lines[2] and "+32.5" in lines[2]
+    assert "1.5 ± 0.7" in lines[3] and "+" not in lines[3]
+    assert "+3.5" in lines[4]
+    assert "gain" not in markdown_table(rows, None)
+    assert "gain" not in markdown_table(rows, "no such row")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+    write_atomically(str(path), "old")
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError):
+        write_atomically(str(path), "new")
+    assert path.read_text() == "old"
