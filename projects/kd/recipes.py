@@ -62,6 +62,8 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     ("PKD", TWO_STAGE): Recipe(6.0, "Cao et al., NeurIPS 2022", finest=4),
     ("CWD", ONE_STAGE): Recipe(5.0, "Shu et al., ICCV 2021, RetinaNet config", finest=4),
     ("CWD", TWO_STAGE): Recipe(10.0, "mmrazor's Faster R-CNN 1x config of CWD", finest=4),
+    ("ICD", ONE_STAGE): Recipe(8.0, "Kang et al., NeurIPS 2021"),
+    ("ICD", TWO_STAGE): Recipe(3.0, "Kang et al., NeurIPS 2021", keys={"MAX_QUERIES": 100}),
     ("FGFI", ONE_STAGE): _FGFI,
     ("FGFI", TWO_STAGE): _FGFI,
     ("Mimic", ONE_STAGE): _MIMIC,

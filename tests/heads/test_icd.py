@@ -22,7 +22,6 @@ from kd_testing import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from projects.kd import register_class_key
 from projects.kd.data.priors import BoxPriors
 from projects.kd.engine.optim import MAIN, build_optimizations
 from projects.kd.errors import ConfigError, DataError
@@ -30,7 +29,6 @@ from projects.kd.functional.icd import value_distance
 from projects.kd.heads.icd import ICD
 from projects.kd.heads.icd_decoder import project
 
-register_class_key("ToyDetector", "MODEL.RETINANET.NUM_CLASSES")
 STUDENT, TEACHER = CHANNELS, CHANNELS + 4
 SMALL = {"PRIORS": "uniform", "DIM": 16, "HEADS": 4, "FFN_DIM": 32, "DETACH_ITERS": 0}
 
