@@ -30,6 +30,7 @@ from projects.kd.engine.launch import argument_parser, launch_training
 from projects.kd.engine.trainer import DistillTrainer
 from projects.kd.errors import ConfigError, exit_on_user_error
 from projects.kd.evaluation import evaluate
+from projects.kd.files import resolve_config
 
 logger = logging.getLogger("detectron2.train_net")
 
@@ -61,6 +62,7 @@ def setup(args) -> CfgNode:
             "continue it, or choose another OUTPUT_DIR"
         )
     comm.synchronize()  # no rank may write before all have looked
+    args.config_file = resolve_config(args.config_file)  # default_setup logs its text
     default_setup(cfg, args)
     return cfg
 

@@ -72,7 +72,19 @@ def _check_datasets(cfg, training: bool) -> None:
                     f"{key}: no data set '{name}' is registered; add it to KD.DATASETS"
                     + (f" or use {' or '.join(near)}" if near else "")
                 )
+            _check_files(key, name)
             _check_classes(cfg, name)
+
+
+def _check_files(key: str, dataset: str) -> None:
+    metadata = MetadataCatalog.get(dataset)
+    file = metadata.get("json_file")
+    if file and "://" not in file and not metadata.get("made_on_first_use", False):
+        if not os.path.isfile(file):
+            raise ConfigError(
+                f"{key}: data set '{dataset}' needs the file '{file}'; put it there, or set the "
+                "environment variable DETECTRON2_DATASETS (datasets/README.md)"
+            )
 
 
 def _check_classes(cfg, dataset: str) -> None:

@@ -11,11 +11,10 @@ import torch
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
+from detectron2.utils.logger import log_first_n
 
 from .errors import ConfigError
 from .files import MODEL_ZOO_PREFIX, is_zoo_config, resolve_config
-
-logger = logging.getLogger(__name__)
 
 INHERIT = -2  # a head's START_ITER / WARMUP_ITERS / END_ITER: take the common KD.* value
 
@@ -239,7 +238,16 @@ class _ConfigFile(CN):
         if MODEL_ZOO_PREFIX in filename:  # a _BASE_ entry, joined to the folder of its file
             name = filename[filename.index(MODEL_ZOO_PREFIX) :]
             filename = resolve_config(name, "_BASE_")
-        return super().load_yaml_with_base(filename, allow_unsafe=is_zoo_config(filename))
+        log = logging.getLogger("fvcore.common.config")
+        log.addFilter(_is_news)
+        try:
+            return super().load_yaml_with_base(filename, allow_unsafe=is_zoo_config(filename))
+        finally:
+            log.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "unsafe_load" not in str(record.msg)  # only the zoo's own files get that far
 
 
 def load_config(
@@ -273,7 +281,7 @@ def load_config(
     merge_overrides(cfg, opts, source)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-        logger.warning("No GPU found: MODEL.DEVICE is cpu")
+        log_first_n(logging.WARNING, "No GPU found: MODEL.DEVICE is cpu", name=__name__)
     return cfg
 
 

@@ -50,6 +50,7 @@ def register_shapes() -> None:
         DatasetCatalog.register(name, lambda n=name, s=split, f=folder: _load(n, s, f))
         MetadataCatalog.get(name).set(
             evaluator_type="coco",
+            made_on_first_use=True,
             json_file=os.path.join(folder, "instances.json"),
             image_root=os.path.join(folder, "images"),
             thing_classes=list(CLASSES),
