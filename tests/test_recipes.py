@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import kd_models
@@ -10,11 +11,12 @@ import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
-from projects.kd import build_training_model, check_config
+from projects.kd import build_training_model, check_config, load_config
 from projects.kd.errors import ConfigError
 from projects.kd.heads.base import IMITATION_HEAD_REGISTRY, ImitationHead
 from projects.kd.recipes import DEFAULT_METHOD, RECIPES, apply_recipe
 
+ROOT = Path(__file__).resolve().parents[1]
 ZOO = "model_zoo://COCO-Detection/"
 RETINA_STUDENT, RETINA_TEACHER = (
     f"{ZOO}retinanet_R_50_FPN_1x.yaml",
@@ -70,9 +72,18 @@ def test_values_by_method_and_family(student, teacher, method, head, weight, lev
     assert ("the default" in said[0]) == (method == "")
 
 
-def test_the_students_own_config_stays():
-    from projects.kd import load_config
+@pytest.mark.parametrize("method", ["fgfi", "cwd", "pkd", "icd"])
+@pytest.mark.parametrize("detector", ["retinanet", "faster_rcnn"])
+def test_equals_the_coco_config(method, detector):
+    """One flag gives what the written-out config of the same pair says."""
+    name = f"{detector}_R50_FPN_from_R101_{method}_1x.yaml"
+    written = load_config(str(ROOT / "configs" / "COCO-Detection" / name))
+    cfg = recipe(f"{ZOO}{detector}_R_50_FPN_1x.yaml", f"{ZOO}{detector}_R_101_FPN_3x.yaml", method)
+    assert cfg.KD == written.KD
+    assert cfg.SOLVER == written.SOLVER
 
+
+def test_the_students_own_config_stays():
     plain, cfg = load_config(RETINA_STUDENT), recipe()
     for key in ("MODEL", "SOLVER", "INPUT", "DATASETS", "TEST"):
         assert cfg[key] == plain[key]

@@ -42,12 +42,14 @@ class Recipe:
         source: where the values come from.
         finest: how many of the paired levels are distilled, from the finest; None = all.
         keys: more keys of the KD.<METHOD> node.
+        overrides: keys outside of it, as (KEY, value, ...).
     """
 
     weight: float
     source: str
     finest: int | None = None
     keys: Mapping[str, object] = field(default_factory=dict)
+    overrides: tuple = ()
 
 
 _FGFI = Recipe(
@@ -56,16 +58,19 @@ _FGFI = Recipe(
     keys={"THRESH_FACTOR": 0.5, "ASSIGN": "joint", "ADAPTER": "conv3x3", "START_ITER": 400},
 )
 _MIMIC = Recipe(1.0, "mean squared error over all levels as in MasKD's '+mimic' configs")
+_ICD_SOURCE = "Kang et al., NeurIPS 2021"
+# element-wise, as in all configs of ICD's authors
+_CLIP = ("SOLVER.CLIP_GRADIENTS.ENABLED", True)
 # p7, and R-CNN's p6, are left out by the authors of CWD (p6 is p5 subsampled) and of PKD.
 RECIPES: dict[tuple[str, str], Recipe] = {
     ("PKD", ONE_STAGE): Recipe(10.0, "Cao et al., NeurIPS 2022", finest=4),
     ("PKD", TWO_STAGE): Recipe(6.0, "Cao et al., NeurIPS 2022", finest=4),
     ("CWD", ONE_STAGE): Recipe(5.0, "Shu et al., ICCV 2021, RetinaNet config", finest=4),
     ("CWD", TWO_STAGE): Recipe(10.0, "mmrazor's Faster R-CNN 1x config of CWD", finest=4),
-    ("ICD", ONE_STAGE): Recipe(8.0, "Kang et al., NeurIPS 2021"),
-    ("ICD", TWO_STAGE): Recipe(3.0, "Kang et al., NeurIPS 2021", keys={"MAX_QUERIES": 100}),
     ("FGFI", ONE_STAGE): _FGFI,
     ("FGFI", TWO_STAGE): _FGFI,
+    ("ICD", ONE_STAGE): Recipe(8.0, _ICD_SOURCE, keys={"MAX_QUERIES": 300}, overrides=_CLIP),
+    ("ICD", TWO_STAGE): Recipe(3.0, _ICD_SOURCE, keys={"MAX_QUERIES": 100}, overrides=_CLIP),
     ("Mimic", ONE_STAGE): _MIMIC,
     ("Mimic", TWO_STAGE): _MIMIC,
 }
@@ -148,6 +153,7 @@ def _fill(cfg, method: str, student: nn.Module, teacher: nn.Module, levels: list
     node = cfg.KD[method.upper()]
     node.WEIGHT = recipe.weight
     node.update(recipe.keys)
+    cfg.merge_from_list(list(recipe.overrides))
     if recipe.finest is not None and not cfg.KD.LEVELS:
         node.LEVELS = tuple(levels[: recipe.finest])
     return f"{method} for a {kind}, values of {recipe.source}"
