@@ -7,7 +7,7 @@ SETUP_FLAGS := --search
 endif
 
 VENV_PYTHON := .venv/bin/python
-DEMO := tools/compare.py --suite configs/suites/demo.yaml --output output/demo
+DEMO := tools/compare.py --suite configs/suites/demo.yaml --output output/demo --jobs 2
 # What `make test` runs, and in how many processes: make test TESTS=tests/heads JOBS=4
 TESTS ?= tests
 JOBS ?= 2

@@ -68,7 +68,7 @@ def fake_training(monkeypatch, compare, scores, status=0):
     """Each call writes what train_net.py would; returns the list of commands."""
     commands = []
 
-    def run(command, log, progress):
+    def run(command, log, progress, threads):
         commands.append(command)
         folder = Path(command[command.index("OUTPUT_DIR") + 1])
         Path(log).write_text("error: something is wrong\n" if status else "fine\n")
@@ -118,6 +118,26 @@ def test_report_and_pictures(compare, suite, tmp_path, toy_data, monkeypatch):
     assert "+4.0" in (tmp_path / "out" / "report.md").read_text()
     picture = cv2.imread(str(tmp_path / "out" / "detections.png"))
     assert picture.std() > 10 and (tmp_path / "out" / "ap.png").stat().st_size > 5000
+
+
+def test_several_jobs_share_the_threads(compare, suite, tmp_path, toy_data, monkeypatch):
+    seen = []
+    fake_training(monkeypatch, compare, [30.0, 1.0, 4.0, 3.0, 8.0])
+    fake = compare._run_quietly
+
+    def run(command, log, progress, threads):
+        seen.append((progress, threads))
+        return fake(command, log, progress, threads)
+
+    monkeypatch.setattr(compare, "_run_quietly", run)
+    monkeypatch.setattr(compare.os, "cpu_count", lambda: 6)
+    runs = compare.make_runs(suite, [1, 2], str(tmp_path), [])
+    report = compare.execute_all(suite, runs, str(tmp_path), "command", jobs=2)
+    assert seen[0] == ("1/5", 0)
+    assert sorted(seen[1:]) == [(f"{i}/5", 3) for i in range(2, 6)]
+    assert {row["name"]: row["seeds"] for row in report["rows"]} == {
+        "student": 2, "teacher": 1, "student+X": 2
+    }  # fmt: skip
 
 
 def test_finished_runs_are_kept_and_changed_ones_moved_aside(

@@ -33,6 +33,7 @@ import shlex
 import subprocess
 import sys
 import time
+from concurrent import futures
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -110,8 +111,13 @@ class Run:
         with open(path) as file:
             return json.load(file)["seconds"]
 
-    def execute(self, progress: str) -> None:
-        """Train, unless a finished run of the same settings is there."""
+    def execute(self, progress: str, threads: int = 0) -> None:
+        """Train, unless a finished run of the same settings is there.
+
+        Args:
+            progress: prefix of the lines on the console.
+            threads: CPU threads of the run, 0 = as many as torch takes.
+        """
         stamp, marker = self.stamp(), os.path.join(self.dir, "finished.json")
         settings = os.path.join(self.dir, "settings")
         known = _read(settings)
@@ -128,7 +134,7 @@ class Run:
         command += [str(x) for x in self.opts]
         print(f"[{progress}] {self.label}: {shlex.join(command)}", flush=True)
         start = time.time()
-        status = _run_quietly(command, os.path.join(self.dir, "console.txt"), progress)
+        status = _run_quietly(command, os.path.join(self.dir, "console.txt"), progress, threads)
         if status != 0:
             log = os.path.join(self.dir, "console.txt")
             raise ConfigError(f"{self.label} failed (status {status}): {_last_line(log)}; see {log}")
@@ -157,12 +163,13 @@ def _last_line(path: str) -> str:
     return lines[-1] if lines else "no output"
 
 
-def _run_quietly(command: list[str], log: str, progress: str) -> int:
+def _run_quietly(command: list[str], log: str, progress: str, threads: int) -> int:
     """Run with all output in ``log``; show a progress line with ETA about every 15 seconds."""
     shown = time.time()
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     with open(log, "a") as file:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=os.getcwd()
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         )
         try:
             for line in process.stdout:
@@ -194,6 +201,27 @@ def make_runs(suite: dict, seeds: list[int], output: str, opts: list) -> list[Ru
             if row.get("role") != "teacher":
                 runs.append(Run(row, seed, suite, output, extra, teacher))
     return runs
+
+
+def execute_all(suite: dict, runs: list[Run], output: str, command: str, jobs: int) -> dict:
+    """Execute the teacher, then ``jobs`` other runs at a time; report after each."""
+    total = len(runs)
+    first = 1 if runs and runs[0].teacher is None and runs[0].seed is None else 0
+    for run in runs[:first]:
+        run.execute(f"1/{total}")
+    report = write_report(suite, runs, output, command)
+    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else 0
+    with futures.ThreadPoolExecutor(jobs) as pool:
+        waiting = {
+            pool.submit(run.execute, f"{i}/{total}", threads)
+            for i, run in enumerate(runs[first:], first + 1)
+        }
+        for done in futures.as_completed(waiting):
+            if done.exception() is not None:
+                pool.shutdown(cancel_futures=True)
+            done.result()
+            report = write_report(suite, runs, output, command)
+    return report
 
 
 def write_report(suite: dict, runs: list[Run], output: str, command: str) -> dict:
@@ -265,6 +293,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder for runs and reports")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--only", nargs="+", help="names of rows to run (the teacher always is)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (they share the CPU)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="-- KEY value ... for every run")
     args = parser.parse_args()
     opts = [item for item in args.opts if item != "--"]
@@ -281,9 +310,7 @@ def main() -> None:
         register_configured(load_config(suite["rows"][0]["config"], [str(x) for x in opts]))
         start = time.time()
         command = shlex.join(["python", "tools/compare.py", *sys.argv[1:]])
-        for i, run in enumerate(runs, 1):
-            run.execute(f"{i}/{len(runs)}")
-            report = write_report(suite, runs[:i], args.output, command)
+        report = execute_all(suite, runs, args.output, command, args.jobs)
         print(f"\n{markdown_table(report['rows'], suite.get('baseline'))}")
         print(f"{time.time() - start:.0f} s; report and pictures in {args.output}")
 
