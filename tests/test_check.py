@@ -47,7 +47,11 @@ def test_a_good_config_passes(cfg):
         ("DATASETS.TEST", ("nowhere",), r"^DATASETS\.TEST.*'nowhere'"),
         ("MODEL.RETINANET.NUM_CLASSES", 80, r"^MODEL\.RETINANET\.NUM_CLASSES is 80.*shapes"),
         ("SOLVER.OPTIMIZER", "LAMB", r"^SOLVER\.OPTIMIZER.*AdamW"),
-        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "all", r"^SOLVER\.CLIP_GRADIENTS\.CLIP_TYPE.*full_model"),
+        (
+            "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
+            "all",
+            r"^SOLVER\.CLIP_GRADIENTS\.CLIP_TYPE.*full_model",
+        ),
         ("SOLVER.AMP.DTYPE", "half", r"^SOLVER\.AMP\.DTYPE.*bfloat16"),
         ("SOLVER.ACCUM_STEPS", 0, r"^SOLVER\.ACCUM_STEPS is 0"),
         ("SOLVER.GATHER_METRIC_PERIOD", 0, r"^SOLVER\.GATHER_METRIC_PERIOD is 0"),
@@ -59,7 +63,11 @@ def test_a_good_config_passes(cfg):
         ("KD.HEADS", ("CDW",), r"^KD\.HEADS.*'CDW'.*CWD.*FGFI.*Mimic.*PKD"),
         ("KD.HEADS", ("CWD", "CWD"), r"^KD\.HEADS names CWD twice"),
         ("KD.TEACHER.CONFIG_FILE", "", r"^KD\.TEACHER\.CONFIG_FILE is empty"),
-        ("KD.TEACHER.CONFIG_FILE", "no.yaml", r"^KD\.TEACHER\.CONFIG_FILE: no such file 'no\.yaml'"),
+        (
+            "KD.TEACHER.CONFIG_FILE",
+            "no.yaml",
+            r"^KD\.TEACHER\.CONFIG_FILE: no such file 'no\.yaml'",
+        ),
         ("KD.TEACHER.CONFIG_FILE", "model_zoo://no.yaml", r"^KD\.TEACHER\.CONFIG_FILE.*'no\.yaml'"),
         ("KD.TEACHER.WEIGHTS", "no.pth", r"^KD\.TEACHER\.WEIGHTS: no such file 'no\.pth'"),
         ("KD.TEACHER.DTYPE", "half", r"^KD\.TEACHER\.DTYPE: 'half'.*auto.*float16"),
@@ -177,3 +185,8 @@ def test_different_channels_without_an_adapter(cfg):
     cfg.KD.ADAPTER.TYPE = "none"
     with pytest.raises(ConfigError, match=r"KD\.ADAPTER\.TYPE: 'none' needs equal channels.*8.*16"):
         DistillMetaArch.from_config(cfg)
+
+
+def test_data_set_whose_file_is_not_there(cfg):
+    cfg.DATASETS.TRAIN = ("lvis_v1_train",)
+    refused(cfg, "DATASETS.TRAIN: data set 'lvis_v1_train' needs the file .*DETECTRON2_DATASETS")

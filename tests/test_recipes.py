@@ -91,7 +91,9 @@ def test_the_students_own_config_stays():
 
 
 def test_the_config_builds_and_passes_the_checks():
-    cfg = recipe(method="CWD,FGFI", opts=["MODEL.DEVICE", "meta"])
+    shapes = ["DATASETS.TRAIN", "('shapes_train',)", "DATASETS.TEST", "('shapes_val',)"]
+    opts = ["MODEL.DEVICE", "meta", "MODEL.RETINANET.NUM_CLASSES", 6, *shapes]
+    cfg = recipe(method="CWD,FGFI", opts=opts)
     check_config(cfg)
     cfg.KD.TEACHER.OPTS, cfg.KD.TEACHER.ALLOW_MISSING = ["MODEL.WEIGHTS", ""], True
     with torch.device("meta"):
