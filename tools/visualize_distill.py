@@ -85,7 +85,7 @@ class Views:
         self.head = model.heads["ICD"]
         self.levels = self.head.levels
         student, teacher = self.head.tokens(self.ctx)
-        self.sizes = [tuple(level.shape[-2:]) for level in student[0]]
+        self.sizes = [cells.size for cells in student[0]]
         layer = self.head.decoder.layers[-1]
         own = project(self.head.student_values[-1], student[0], layer.heads)
         target = project(layer.value, teacher[0], layer.heads)

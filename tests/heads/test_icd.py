@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import kd_models
 import pytest
 import torch
@@ -27,7 +29,7 @@ from projects.kd.engine.optim import MAIN, build_optimizations
 from projects.kd.errors import ConfigError, DataError
 from projects.kd.functional.icd import value_distance
 from projects.kd.heads.icd import ICD
-from projects.kd.heads.icd_decoder import project
+from projects.kd.heads.icd_decoder import Cells, project
 
 STUDENT, TEACHER = CHANNELS, CHANNELS + 4
 SMALL = {"PRIORS": "uniform", "DIM": 16, "HEADS": 4, "FFN_DIM": 32, "DETACH_ITERS": 0}
@@ -113,6 +115,23 @@ def test_the_oracle_masks_what_lies_in_the_padding():
     for old, new in zip(before, after, strict=True):
         for key in old:
             torch.testing.assert_close(old[key], new[key])
+
+
+@pytest.mark.parametrize("size", [(3, 4), (2, 3)])
+def test_projections_of_cells_are_linear_layers(size):
+    torch.manual_seed(0)
+    feature = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
+
+    def run(feature, weight, bias):
+        linear = SimpleNamespace(weight=weight, bias=bias)
+        return project(linear, [Cells(feature, size)], 2).flatten(1)
+
+    cut = feature[:, : size[0], : size[1]].flatten(1).T
+    expected = torch.nn.functional.linear(cut, weight, bias)
+    torch.testing.assert_close(run(feature, weight, bias), expected)
+    assert torch.autograd.gradcheck(run, (feature, weight, bias))
 
 
 # --- who learns from what -----------------------------------------------------------------------

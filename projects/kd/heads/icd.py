@@ -23,7 +23,7 @@ from ..functional.icd import (
 from ..taps import class_key
 from .base import IMITATION_HEAD_REGISTRY, ImitationHead
 from .fgfi import FGFI, student_anchors
-from .icd_decoder import InstanceDecoder, Read, project
+from .icd_decoder import Cells, InstanceDecoder, Read, project
 from .icd_queries import Queries, draw_queries
 
 ATTENTIONS = ("decoder", "uniform", "fgfi")
@@ -137,7 +137,7 @@ class ICD(ImitationHead):
         queries = self.queries(ctx)
         student, teacher = self.tokens(ctx)
         if ctx.iteration < self.detach_iters:
-            student = [[level.detach() for level in image] for image in student]
+            student = [[Cells(x.feature.detach(), x.size) for x in image] for image in student]
         counts = [sum(count) for count in queries.counts]
         logits, sides, reads = self.decoder(queries.encoded.vectors, counts, teacher)
         number = sum(count for count, _ in queries.counts)
@@ -159,28 +159,23 @@ class ICD(ImitationHead):
         priors = Priors(self.class_share, self.mean_size, self.size_spread)
         return draw_queries(ctx, priors, self.jitter, self.negatives, self.max_queries)
 
-    def tokens(self, ctx: DistillContext) -> tuple[list, list]:
-        """Per image the levels (C, h, w) of the student's and of the teacher's features, fp32.
-
-        Levels are cut to the cells that lie in the image; where batches have no padding these are
-        views.
-        """
-        student: list[list[torch.Tensor]] = [[] for _ in ctx.image_sizes]
-        teacher: list[list[torch.Tensor]] = [[] for _ in ctx.image_sizes]
+    def tokens(self, ctx: DistillContext) -> tuple[list[list[Cells]], list[list[Cells]]]:
+        """Per image the cells of each level of the student and of the teacher, fp32."""
+        student: list[list[Cells]] = [[] for _ in ctx.image_sizes]
+        teacher: list[list[Cells]] = [[] for _ in ctx.image_sizes]
         for level in self.levels:
             own = ctx.student_features[level].float()
             other = align_spatial(ctx.teacher_features[level].detach().float(), own)
             for side, features in ((student, own), (teacher, other)):
                 for image, feature in enumerate(features.unbind()):
-                    rows, columns = self._extent(ctx, level, image)
-                    side[image].append(feature[:, :rows, :columns])
+                    side[image].append(Cells(feature, self._extent(ctx, level, image)))
         return student, teacher
 
     def _extent(self, ctx: DistillContext, level: str, image: int) -> tuple[int, int]:
         """Valid rows and columns, without asking the device (as ``ctx.valid_mask`` has them)."""
-        grid = ctx.student_features[level].shape[-2:]
+        grid = tuple(ctx.student_features[level].shape[-2:])
         if not self.mask_padding:
-            return tuple(grid)
+            return grid
         stride = ctx.stride(level)
         size = ctx.image_sizes[image]
         return tuple(min(math.ceil(a / stride), b) for a, b in zip(size, grid, strict=True))
@@ -194,7 +189,7 @@ class ICD(ImitationHead):
             for image, read in enumerate(layer):
                 number = queries.counts[image][0]
                 if number == 0 and self.attention != "uniform":
-                    total = total + 0.0 * sum(level[:, 0, 0].sum() for level in student[image])
+                    total = total + 0.0 * sum(x.feature[:, 0, 0].sum() for x in student[image])
                     continue
                 if self.attention == "decoder":
                     weights = summed_attention(read.queries[:number], read.keys)

@@ -1,7 +1,7 @@
 """The decoder of ICD: finds encoded instances in the teacher's features.
 
-Shapes: Q instances of all images together, L tokens of one image, M heads of d channels, (C, h, w)
-the valid cells of one level.
+Shapes: Q instances of all images together, L tokens of one image (the cells of all its levels), M
+heads of d channels.
 """
 
 from __future__ import annotations
@@ -25,6 +25,18 @@ class Read(NamedTuple):
     queries: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
+
+
+class Cells(NamedTuple):
+    """The cells of one level that lie in one image.
+
+    Attributes:
+        feature: (C, H, W), with the padding of the batch below and to the right.
+        size: (h, w) of the part that is the image.
+    """
+
+    feature: torch.Tensor
+    size: tuple[int, int]
 
 
 class InstanceDecoder(nn.Module):
@@ -56,14 +68,14 @@ class InstanceDecoder(nn.Module):
         self,
         vectors: torch.Tensor,
         counts: Sequence[int],
-        tokens: Sequence[Sequence[torch.Tensor]],
+        tokens: Sequence[Sequence[Cells]],
     ) -> tuple[torch.Tensor, torch.Tensor, list[list[Read]]]:
         """Decode the instances of all images.
 
         Args:
             vectors: (Q, E) encoded instances, image after image.
             counts: instances of each image.
-            tokens: per image the levels (C, h, w), valid cells only.
+            tokens: per image the cells of each level.
 
         Returns:
             (Q,) logits of "is in the image"; (Q, 4) relative distances to the left, top, right and
@@ -110,7 +122,7 @@ class DecoderLayer(nn.Module):
         self,
         x: torch.Tensor,
         counts: Sequence[int],
-        tokens: Sequence[Sequence[torch.Tensor]],
+        tokens: Sequence[Sequence[Cells]],
         position: torch.Tensor,
     ) -> tuple[torch.Tensor, list[Read]]:
         """One layer; see :meth:`InstanceDecoder.forward`.
@@ -131,7 +143,7 @@ class DecoderLayer(nn.Module):
         x = self.attention_norm(x + self.out(torch.cat([attend(*read) for read in reads])))
         return self.ffn_norm(x + self.ffn(x)), reads
 
-    def keys(self, levels: Sequence[torch.Tensor], position: torch.Tensor) -> torch.Tensor:
+    def keys(self, levels: Sequence[Cells], position: torch.Tensor) -> torch.Tensor:
         """(L, M, d) keys: ``W_k (tokens + W_p P)``.
 
         P of a cell is its encoded row beside its encoded column, so its part of the key is a sum
@@ -139,20 +151,54 @@ class DecoderLayer(nn.Module):
         """
         by_row, by_column = (self.key.weight @ position).split(AXIS_FEATURES, dim=1)
         parts = []
-        for level in levels:
-            _, h, w = level.shape
-            keys = F.linear(level.flatten(1).T, self.key.weight).unflatten(0, (h, w))
+        for cells in levels:
+            keys = _CellLinear.apply(*cells, self.key.weight, None).unflatten(0, cells.size)
             table = (AXIS_FEATURES, keys.device, keys.dtype)
-            keys.add_(F.linear(sine_table(h, *table), by_row)[:, None])
-            keys.add_(F.linear(sine_table(w, *table), by_column))
-            parts.append(keys.flatten(0, 1))
+            rows = F.linear(sine_table(cells.size[0], *table), by_row)
+            columns = F.linear(sine_table(cells.size[1], *table), by_column)
+            parts.append((keys + rows[:, None]).add_(columns).flatten(0, 1))
         return torch.cat(parts).unflatten(1, (self.heads, -1))
 
 
-def project(linear: nn.Linear, levels: Sequence[torch.Tensor], heads: int) -> torch.Tensor:
-    """(L, M, d) projection of the cells of all levels (C, h, w), row after row."""
-    parts = [F.linear(level.flatten(1).T, linear.weight, linear.bias) for level in levels]
+def project(linear: nn.Linear, levels: Sequence[Cells], heads: int) -> torch.Tensor:
+    """(L, M, d) projection of the cells of all levels, row after row."""
+    parts = [_CellLinear.apply(*cells, linear.weight, linear.bias) for cells in levels]
     return torch.cat(parts).unflatten(1, (heads, -1))
+
+
+class _CellLinear(torch.autograd.Function):
+    """A linear layer on the cells of one level, (h * w, C'), that keeps the feature map alone.
+
+    Where a batch has padding, the cut-out cells are a copy; it is made again for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, feature, size, weight, bias):
+        ctx.save_for_backward(feature, weight)
+        ctx.size = size
+        cells = _cut(feature, size)
+        return cells @ weight.T if bias is None else torch.addmm(bias, cells, weight.T)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        feature, weight = ctx.saved_tensors
+        of_feature = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_feature = (weight.T @ gradient.T).unflatten(1, ctx.size)
+            if feature.shape[1:] != ctx.size:
+                rows, columns = (a - b for a, b in zip(feature.shape[1:], ctx.size, strict=True))
+                of_feature = F.pad(of_feature, (0, columns, 0, rows))
+        if ctx.needs_input_grad[2]:
+            of_weight = gradient.T @ _cut(feature, ctx.size)
+        if ctx.needs_input_grad[3]:
+            of_bias = gradient.sum(0)
+        return of_feature, None, of_weight, of_bias
+
+
+def _cut(feature: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(h * w, C) cells; a view where nothing is cut off."""
+    return feature[:, : size[0], : size[1]].flatten(1).T
 
 
 def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
