@@ -52,6 +52,7 @@ def setup(args) -> CfgNode:
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fvcore")
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="projects")
         logger.info("Environment info:\n" + collect_env_info())
         seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
         return cfg
@@ -64,6 +65,7 @@ def setup(args) -> CfgNode:
     comm.synchronize()  # no rank may write before all have looked
     args.config_file = resolve_config(args.config_file)  # default_setup logs its text
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="projects")
     return cfg
 
 

@@ -52,8 +52,14 @@ def toy_data(tmp_path):
     content = {
         "images": [{"id": 3, "file_name": "a.png", "width": 60, "height": 40}],
         "annotations": [
-            {"id": 1, "image_id": 3, "category_id": 5, "bbox": [5, 5, 20, 20], "area": 400,
-             "iscrowd": 0}  # fmt: skip
+            {
+                "id": 1,
+                "image_id": 3,
+                "category_id": 5,
+                "bbox": [5, 5, 20, 20],
+                "area": 400,
+                "iscrowd": 0,
+            }  # fmt: skip
         ],
         "categories": [{"id": 5, "name": "thing"}],
     }

@@ -122,7 +122,10 @@ class Run:
         settings = os.path.join(self.dir, "settings")
         known = _read(settings)
         if known is not None and known != stamp:
-            print(f"[{progress}] {self.label}: settings changed, old run is at {_move_aside(self.dir)}")
+            old = _move_aside(self.dir)
+            print(
+                f"[{progress}] {self.label}: settings changed, the old run is at {old}", flush=True
+            )
         elif os.path.isfile(marker):
             print(f"[{progress}] {self.label}: kept, finished before", flush=True)
             return
@@ -137,7 +140,8 @@ class Run:
         status = _run_quietly(command, os.path.join(self.dir, "console.txt"), progress, threads)
         if status != 0:
             log = os.path.join(self.dir, "console.txt")
-            raise ConfigError(f"{self.label} failed (status {status}): {_last_line(log)}; see {log}")
+            reason = f"(status {status}): {_last_line(log)}; see {log}"
+            raise ConfigError(f"{self.label} failed {reason}")
         seconds = time.time() - start
         write_atomically(marker, json.dumps({"seconds": round(seconds, 1)}))
 

@@ -53,7 +53,8 @@ def _check_names(side: str, names, shapes: Mapping[str, ShapeSpec]) -> None:
     unknown = [name for name in names if name not in shapes]
     if unknown:
         raise ConfigError(
-            f"KD.LEVEL_MAP: the {side} has no level {', '.join(unknown)}; it has {_describe(shapes)}"
+            f"KD.LEVEL_MAP: the {side} has no level {', '.join(unknown)}; it has "
+            f"{_describe(shapes)}"
         )
 
 

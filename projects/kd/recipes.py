@@ -23,7 +23,7 @@ from .errors import ConfigError
 from .files import MODEL_ZOO_PREFIX, resolve_config, zoo_weights_url
 from .heads.base import IMITATION_HEAD_REGISTRY
 from .levels import pair_levels
-from .teacher import _read_lazy, _read_yaml
+from .teacher import build_from_lazy, build_from_yaml
 
 ONE_STAGE, TWO_STAGE, OTHER = "one-stage", "two-stage", "other"
 
@@ -197,7 +197,7 @@ def _teacher_outline(cfg) -> tuple[nn.Module, str]:
         no_backbone_weights = ["MODEL.TIMM.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", False]
         outline.KD.TEACHER.OPTS = [*node.OPTS, *no_backbone_weights]
     with torch.device("meta"):
-        model, _, weights, *_ = (_read_lazy if lazy else _read_yaml)(outline, path)
+        model, _, weights, *_ = (build_from_lazy if lazy else build_from_yaml)(outline, path)
     if node.CONFIG_FILE.startswith(MODEL_ZOO_PREFIX) and "MODEL.WEIGHTS" not in node.OPTS:
         weights = zoo_weights_url(node.CONFIG_FILE) or weights
     return model, weights

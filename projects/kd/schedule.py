@@ -33,7 +33,7 @@ class Ramp:
 
 
 def build_ramp(cfg, head: str) -> Ramp:
-    """The schedule of head ``head``: its own values of KD.<HEAD>, the common ones where it inherits."""
+    """The schedule of a head: the values of KD.<HEAD>, the common ones where it inherits."""
     node = cfg.KD.get(head.upper(), {})
 
     def value(key: str) -> int:

@@ -176,7 +176,7 @@ def build_teacher(cfg) -> Teacher:
     """
     node = cfg.KD.TEACHER
     path = resolve_config(node.CONFIG_FILE, "KD.TEACHER.CONFIG_FILE")
-    read = _read_lazy if path.endswith(".py") else _read_yaml
+    read = build_from_lazy if path.endswith(".py") else build_from_yaml
     model, teacher_cfg, weights, input_format, datasets = read(cfg, path)
     if node.CONFIG_FILE.startswith(MODEL_ZOO_PREFIX) and "MODEL.WEIGHTS" not in node.OPTS:
         weights = zoo_weights_url(node.CONFIG_FILE) or weights
@@ -204,7 +204,8 @@ def build_teacher(cfg) -> Teacher:
     return teacher
 
 
-def _read_yaml(cfg, path: str):
+def build_from_yaml(cfg, path: str):
+    """A teacher from a yacs config: (model, its config, weights, image format, data sets)."""
     teacher_cfg = load_config(path, cfg.KD.TEACHER.OPTS, "KD.TEACHER.OPTS")
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     if teacher_cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
@@ -218,7 +219,8 @@ def _read_yaml(cfg, path: str):
     return model, teacher_cfg, weights, teacher_cfg.INPUT.FORMAT, teacher_cfg.DATASETS.TRAIN
 
 
-def _read_lazy(cfg, path: str):
+def build_from_lazy(cfg, path: str):
+    """A teacher from a LazyConfig, as :func:`build_from_yaml`; its config is None."""
     opts = list(cfg.KD.TEACHER.OPTS)
     try:
         lazy = LazyConfig.load(path)
