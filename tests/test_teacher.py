@@ -263,12 +263,6 @@ def test_unknown_meta_arch_of_the_teacher(files):
         build_teacher(cfg)
 
 
-def test_unknown_zoo_config():
-    cfg = kd_models.distill_cfg(("model_zoo://COCO-Detection/none.yaml", ""))
-    with pytest.raises(ConfigError, match=r"KD\.TEACHER\.CONFIG_FILE.*COCO-Detection/none\.yaml"):
-        build_teacher(cfg)
-
-
 LAZY = """
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L

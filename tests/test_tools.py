@@ -46,16 +46,13 @@ def data(folder):
         Image.fromarray(pixels).save(folder / f"{i}.png")
         images.append({"id": i, "file_name": f"{i}.png", "width": 64, "height": 48})
         for k in range(2):
-            box = [4 + 28 * k, 5 + i, 20, 24]
-            annotations.append(
-                {"id": len(annotations) + 1, "image_id": i, "category_id": 1 + (i + k) % 3}
-                | {"bbox": box, "area": 480, "iscrowd": 0}
-            )
+            item = {"id": len(annotations) + 1, "image_id": i, "category_id": 1 + (i + k) % 3}
+            annotations.append(item | {"bbox": [4 + 28 * k, 5 + i, 20, 24], "area": 480})
+            annotations[-1]["iscrowd"] = 0
     categories = [{"id": 1 + i, "name": name} for i, name in enumerate("abc")]
     path = folder / "instances.json"
-    path.write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": categories})
-    )
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    path.write_text(json.dumps(content))
     return [[DATA, str(path), str(folder)]]
 
 
@@ -75,10 +72,7 @@ def settings(data, folder) -> dict:
 @pytest.fixture(scope="module")
 def config(folder, data):
     """Path of a distillation config with a teacher of its own input size and channel order."""
-    teacher = kd_models.tiny_cfg(
-        **settings(data, folder),
-        INPUT__FORMAT="RGB",
-    )
+    teacher = kd_models.tiny_cfg(**settings(data, folder), INPUT__FORMAT="RGB")
     teacher.INPUT.MIN_SIZE_TEST, teacher.INPUT.MAX_SIZE_TEST = 96, 128
     files = kd_models.write_teacher(folder, teacher)
     cfg = kd_models.distill_cfg(
@@ -206,10 +200,9 @@ def test_an_ordinary_config_is_its_own_teacher(config, folder, evaluated):
     assert cfg.INPUT.FORMAT == "RGB"
     del state["head.cls_score.bias"]
     torch.save({"model": state}, folder / "partial.pth")
+    words = ("--config-file", plain, "MODEL.WEIGHTS", str(folder / "partial.pth"))
     with pytest.raises(ConfigError, match=r"lacks 1 .*head\.cls_score\.bias"):
-        tool("evaluate_teacher")(
-            "--config-file", plain, "MODEL.WEIGHTS", str(folder / "partial.pth")
-        )
+        tool("evaluate_teacher")(*words)
 
 
 def test_evaluation_of_the_teacher_is_detectron2s_of_the_same_model(config, folder):
