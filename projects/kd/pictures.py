@@ -28,8 +28,10 @@ def ap_bars(rows: Sequence[Mapping], path: str, title: str = "") -> None:
     for i, row in enumerate(rows):
         points = row.get("AP_seeds", [])
         axes.plot([i] * len(points), points, "k.", markersize=5)
-        axes.annotate(f"{heights[i]:.1f}", (i, heights[i]), (0, 6), ha="center",
-                      textcoords="offset points")  # fmt: skip
+        top = max([heights[i], *points])
+        axes.annotate(
+            f"{heights[i]:.1f}", (i, top), (0, 6), ha="center", textcoords="offset points"
+        )
     axes.set_ylabel("AP")
     axes.set_title(title, fontsize=10)
     axes.margins(y=0.12)
