@@ -10,10 +10,12 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from projects.kd import (
     ConfigError,
+    DataError,
     DistillMetaArch,
     ImitationHead,
     Teacher,
@@ -193,6 +195,18 @@ def test_a_student_without_ground_truth_boxes(parts):
     losses = kd_models.losses_at(wrapper, batch)
     assert [len(x) for x in head.seen.gt] == [0, 0]
     assert all(value.isfinite() for value in losses.values())
+
+
+def test_a_head_that_needs_boxes_gets_a_batch_without_annotations(parts):
+    head = Constant(loss_kd_x=1.0)
+    wrapper = wrap(parts, {"X": head})
+    with EventStorage(0):
+        ctx, _ = wrapper.observe(kd_models.make_batch())
+        ctx.gt = None
+        assert wrapper.imitate(ctx)["loss_kd_x"] == 1.0
+        head.needs_boxes = True
+        with pytest.raises(DataError, match=r"KD\.HEADS: X needs boxes"):
+            wrapper.imitate(ctx)
 
 
 def test_teacher_with_coarser_padding_raises_the_students_in_training_only(teacher_files):

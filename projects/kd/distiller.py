@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .context import DistillContext, ModelInfo
-from .errors import ConfigError
+from .errors import ConfigError, DataError
 from .heads.base import build_imitation_heads
 from .levels import canvas_size, common_divisibility, padded_to, pair_levels
 from .schedule import Ramp, build_ramp
@@ -156,6 +156,8 @@ class DistillMetaArch(nn.Module):
         """All heads' losses with their schedules applied, computed without autocast."""
         losses: dict[str, torch.Tensor] = {}
         for name, head in self.heads.items():
+            if head.needs_boxes and ctx.gt is None:
+                raise DataError(f"KD.HEADS: {name} needs boxes, and this batch has no annotations")
             with (
                 torch.profiler.record_function(f"kd/{name}"),
                 torch.autocast(self.device.type, enabled=False),
