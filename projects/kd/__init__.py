@@ -13,7 +13,7 @@ from .distiller import DistillMetaArch, build_training_model, student_of
 from .errors import ConfigError, DataError
 from .heads import IMITATION_HEAD_REGISTRY, ImitationHead, build_adapters
 from .modeling import timm_fpn as _timm_fpn  # noqa: F401
-from .taps import TapSpec, register_class_key, register_taps
+from .taps import TapSpec, register_class_key, register_pseudo_anchors, register_taps
 from .teacher import Teacher, build_teacher
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "load_config",
     "register_class_key",
     "register_config",
+    "register_pseudo_anchors",
     "register_taps",
     "student_of",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .taps import TapSpec, register_class_key, register_taps
+from .taps import TapSpec, register_class_key, register_pseudo_anchors, register_taps
 
 
 def _run_dense_head(model, features):
@@ -18,3 +18,7 @@ register_taps("GeneralizedRCNN", **_SHARED)
 
 register_class_key("RetinaNet", "MODEL.RETINANET.NUM_CLASSES")
 register_class_key("GeneralizedRCNN", "MODEL.ROI_HEADS.NUM_CLASSES")
+
+# FCOS has one square of one stride a location, whose best IoU only marks the coarsest level; ATSS
+# and GFL place squares of eight strides.
+register_pseudo_anchors("FCOS", 8.0)

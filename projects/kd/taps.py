@@ -170,3 +170,22 @@ def register_class_key(arch: str, key: str) -> None:
 def class_key(arch: str) -> str | None:
     """The key given to :func:`register_class_key`, or None."""
     return _CLASS_KEYS.get(arch)
+
+
+_PSEUDO_ANCHORS: dict[str, float] = {}
+
+
+def register_pseudo_anchors(arch: str, strides: float) -> None:
+    """Give a detector square anchors for imitation masks: side = ``strides`` strides of a level.
+
+    For detectors without anchors, or whose own say nothing about the size of objects.
+    """
+    _PSEUDO_ANCHORS[arch] = float(strides)
+
+
+def pseudo_anchors(model: nn.Module) -> float | None:
+    """What :func:`register_pseudo_anchors` gave the detector or a base class, or None."""
+    found = [
+        _PSEUDO_ANCHORS[c.__name__] for c in type(model).__mro__ if c.__name__ in _PSEUDO_ANCHORS
+    ]
+    return found[0] if found else None

@@ -20,6 +20,7 @@ from ..functional.fgfi import (
     grid_masks,
     imitation_error,
 )
+from ..taps import pseudo_anchors
 from .base import IMITATION_HEAD_REGISTRY, ImitationHead, choose_levels, mean_over_ranks
 
 SCOPES = ("joint", "per_level")
@@ -179,8 +180,8 @@ def student_anchors(
 
     KD.FGFI.ANCHOR_SIZES and ANCHOR_RATIOS (each like its namesake in MODEL.ANCHOR_GENERATOR, which
     is taken for the one not given) make anchors for the mask only. Else it is the student's own:
-    RetinaNet's, or the proposal network's. FCOS has a single square of one stride a location,
-    whose best IoU marks the coarsest level; it gets squares of eight strides (as ATSS has them).
+    RetinaNet's, or the proposal network's. A detector that registered pseudo-anchors (FCOS) gets
+    those.
 
     Args:
         cfg: the student's config.
@@ -199,8 +200,9 @@ def student_anchors(
     sizes = list(node.ANCHOR_SIZES) or own.SIZES
     ratios = list(node.ANCHOR_RATIOS) or own.ASPECT_RATIOS
     if not (node.ANCHOR_SIZES or node.ANCHOR_RATIOS):
-        if any(cls.__name__ == "FCOS" for cls in type(student.model).__mro__):
-            sizes, ratios = [[8.0 * stride] for stride in strides], [[1.0]]
+        factor = pseudo_anchors(student.model)
+        if factor is not None:
+            sizes, ratios = [[factor * stride] for stride in strides], [[1.0]]
         elif generator is None:
             raise ConfigError(
                 f"KD.FGFI.ANCHOR_SIZES: {student.arch} has no anchors; give sizes (and "
