@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -33,7 +34,7 @@ def ap_bars(rows: Sequence[Mapping], path: str, title: str = "") -> None:
             f"{heights[i]:.1f}", (i, top), (0, 6), ha="center", textcoords="offset points"
         )
     axes.set_ylabel("AP")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(textwrap.fill(title, 20 + 10 * len(rows)), fontsize=10)
     axes.margins(y=0.12)
     plt.setp(axes.get_xticklabels(), rotation=25, ha="right")
     _save(figure, path)
