@@ -1,5 +1,14 @@
 """Puts this folder on the path of all tests, for the helpers beside it, and keeps torch small."""
 
+import logging
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _heard_by_caplog():
+    """A run in the same process turns propagation of this project's log off, as detectron2 does."""
+    logging.getLogger("projects").propagate = True
