@@ -79,6 +79,7 @@ class Views:
         example: of :func:`load_example`.
     """
 
+    @torch.no_grad()
     def __init__(self, cfg, model, example: dict):
         with EventStorage(1):  # nothing is logged in iteration 1
             self.ctx, _ = model.observe([example])
@@ -98,6 +99,7 @@ class Views:
         areas = [h * w for h, w in self.sizes]
         return [p.view(size) for p, size in zip(tokens.split(areas), self.sizes, strict=True)]
 
+    @torch.no_grad()
     def attention(self, chosen: list[int]) -> list[torch.Tensor]:
         """Per chosen object (L,), the mean over heads of the last layer, sum 1."""
         jitter, self.head.jitter = self.head.jitter, 0.0
@@ -109,10 +111,12 @@ class Views:
         return [summed_attention(read.queries[i : i + 1], read.keys).mean(0) for i in chosen]
 
     def mask(self, cfg) -> list[torch.Tensor]:
-        """One (h, w) mask of FGFI a level."""
+        """One (h, w) mask of FGFI a level, empty where the student has no anchors."""
         masks = fgfi_mask(cfg, self.info, self.levels, self.head.mask_padding).masks(self.ctx)
-        parts = zip(self.levels, self.sizes, strict=True)
-        return [masks[level][0, :h, :w].float() for level, (h, w) in parts]
+        return [
+            masks[level][0, :h, :w].float() if level in masks else torch.zeros(h, w)
+            for level, (h, w) in zip(self.levels, self.sizes, strict=True)
+        ]
 
 
 def choose(example: dict, wanted: list[int]) -> list[int]:
@@ -197,7 +201,6 @@ def draw(path: str, image, objects, names, chosen, strides, mask, attention, dis
     plt.close(figure)
 
 
-@torch.no_grad()
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -8,6 +8,7 @@ import kd_models
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.utils.events import EventStorage
 from heads import icd_oracle
 from heads.contract import HeadContract
@@ -350,6 +351,23 @@ def test_fgfi_attention_is_its_mask():
     for level, old in zip(STRIDES, before, strict=True):
         ctx.student_features[level] = old.masked_fill(~masks[level][:, None], 5.0)
     torch.testing.assert_close(head(ctx)["loss_kd_icd"], found)
+
+
+def test_fgfi_attention_is_nothing_where_there_are_no_anchors():
+    cfg = head_cfg("ICD", **SMALL, ATTENTION="fgfi")
+    student = ToyDetector()
+    del student.head_in_features[-1]
+    student.anchor_generator = DefaultAnchorGenerator(
+        sizes=[[16.0], [32.0]], aspect_ratios=[[1.0]], strides=[8, 16]
+    )
+    infos = toy_info(cfg=cfg, model=student), toy_info(TEACHER)
+    head, ctx = ICD(**ICD.from_config(cfg, *infos)), context()
+    assert head.levels == ("p3", "p4", "p5")
+    head(ctx)["loss_kd_icd"].backward()
+    assert [bool(feature.grad.any()) for feature in features(ctx)] == [True, True, False]
+    cfg.KD.ICD.LEVELS = ("p5",)
+    with pytest.raises(ConfigError, match="KD.ICD.LEVELS .*which are p3, p4"):
+        ICD.from_config(cfg, *infos)
 
 
 # --- settings -----------------------------------------------------------------------------------

@@ -207,8 +207,11 @@ class ICD(ImitationHead):
         parts = []
         for level in self.levels:
             rows, columns = self._extent(ctx, level, image)
-            parts.append(masks[level][image, :rows, :columns].flatten())
-        return torch.cat(parts).float()
+            if level in masks:
+                parts.append(masks[level][image, :rows, :columns].flatten().float())
+            else:
+                parts.append(self.mean_size.new_zeros(rows * columns))
+        return torch.cat(parts)
 
     def _log(self, ctx, logits, real, error, number: int) -> None:
         """Accuracy as the mean of that on real and on fake instances (0.5 = guessing)."""
@@ -282,18 +285,18 @@ def fgfi_mask(cfg, student: ModelInfo, levels: Sequence[str], mask_padding: bool
     Args:
         cfg: the student's config; KD.FGFI sets the anchors and the threshold.
         student: its side.
-        levels: those that need a mask.
+        levels: those that need a mask; it is empty where the student has no anchors.
         mask_padding: leave the padding of a batch out.
 
     Raises:
-        ConfigError: a level on which the student has no anchors.
+        ConfigError: anchors on none of the levels.
     """
     anchors, anchor_levels = student_anchors(cfg, student, levels)
-    without = [level for level in levels if level not in anchor_levels]
-    if without:
+    levels = [level for level in levels if level in anchor_levels]
+    if not levels:
         raise ConfigError(
-            f"KD.ICD.LEVELS (or KD.LEVELS): the student has no anchors on {', '.join(without)}, "
-            "which the mask of FGFI needs"
+            f"KD.ICD.LEVELS (or KD.LEVELS): the mask of FGFI needs levels with anchors, which are "
+            f"{', '.join(anchor_levels)}"
         )
     return FGFI(
         adapters=nn.ModuleDict(),
