@@ -151,17 +151,18 @@ def draw(path: str, image, objects, names, chosen, strides, mask, attention, dis
     figure, grid = plt.subplots(
         rows,
         1 + len(strides),
-        figsize=(2.4 * (1 + len(strides)), 2.4 * height / width * rows + 0.3 * rows),
+        figsize=(2.4 * (1 + len(strides)), (2.4 * height / width + 0.35) * rows),
         squeeze=False,
+        layout="constrained",
     )
     grey = image.float().mean(2)
 
     def show(axes, maps, top, title="", shares=False):
         for ax, cells, (level, stride) in zip(axes, maps, strides.items(), strict=True):
             rows, columns = cells.shape
-            ax.imshow(grey, cmap="gray", vmin=0, vmax=255, alpha=0.5)
+            ax.imshow(grey, cmap="gray", vmin=0, vmax=255)
             extent = (0, columns * stride, rows * stride, 0)
-            heat = ax.imshow(cells, cmap="inferno", vmin=0, vmax=top, alpha=0.7, extent=extent)
+            heat = ax.imshow(cells, cmap="viridis", vmin=0, vmax=top, alpha=0.6, extent=extent)
             ax.set(xlim=(0, width), ylim=(height, 0))
             label = (
                 f"{level} {100 * cells.sum():.0f}%" if shares else f"{level}: {cells.mean():.2f}"
@@ -190,7 +191,7 @@ def draw(path: str, image, objects, names, chosen, strides, mask, attention, dis
         line[0].imshow(image / 255)
         line[0].set_title(title, fontsize=7)
         heat = show(line[1:], maps, 2.0)
-    figure.colorbar(heat, ax=grid[-len(distances) :, -1].tolist(), fraction=0.05)
+    figure.colorbar(heat, ax=grid[-len(distances) :].ravel().tolist(), shrink=0.7, aspect=30)
     for ax in grid.flat:
         ax.axis("off")
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
