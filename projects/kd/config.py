@@ -1,4 +1,7 @@
-"""Every config key this project adds to detectron2's, and the one function that loads a config."""
+"""The config keys this project adds to detectron2's, and the one function that loads a config.
+
+Keys of an imitation head stand in the head's own file (``heads/``, :func:`register_config`).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ _CONFIG_HOOKS: list[Callable[[CN], None]] = []
 
 
 def register_config(function: Callable[[CN], None]) -> Callable[[CN], None]:
-    """Decorator for users' packages: ``function(cfg)`` adds their keys before YAML is merged."""
+    """Decorator: ``function(cfg)`` adds keys (a head's, a package's) before YAML is merged."""
     if function not in _CONFIG_HOOKS:
         _CONFIG_HOOKS.append(function)
     return function
@@ -51,8 +54,6 @@ def head_node(weight: float, mask_padding: bool) -> CN:
 def add_kd_config(cfg: CN) -> None:
     """Add all keys of this project, with their defaults, to a detectron2 config."""
     _add_distillation_keys(cfg)
-    _add_head_keys(cfg)
-    _add_icd_keys(cfg)
     _add_solver_keys(cfg)
     _add_data_keys(cfg)
     _add_backbone_keys(cfg)
@@ -114,68 +115,6 @@ def _add_distillation_keys(cfg: CN) -> None:
     kd.ADAPTER.TYPE = "auto"
     # Multiplier of SOLVER.BASE_LR for adapter parameters.
     kd.ADAPTER.LR_FACTOR = 1.0
-
-
-def _add_head_keys(cfg: CN) -> None:
-    kd = cfg.KD
-    kd.MIMIC = head_node(weight=1.0, mask_padding=True)
-    # "valid" = all cells of the unpadded image; "gt_box" = cells whose centre is in a ground-truth
-    # box (padding is outside of every box).
-    kd.MIMIC.MASK = "valid"
-
-    kd.FGFI = head_node(weight=0.01, mask_padding=True)
-    # psi: a cell is imitated where an anchor's IoU with a box exceeds psi * that box's maximum.
-    kd.FGFI.THRESH_FACTOR = 0.5
-    # "joint" = the maximum over all levels; "per_level" = each level its own.
-    kd.FGFI.ASSIGN = "joint"
-    # Anchors of the mask. [] = the student's MODEL.ANCHOR_GENERATOR.
-    kd.FGFI.ANCHOR_SIZES = []
-    kd.FGFI.ANCHOR_RATIOS = []
-    # "conv3x3", "conv1x1" or "none" (none needs equal channels).
-    kd.FGFI.ADAPTER = "conv3x3"
-
-    kd.CWD = head_node(weight=10.0, mask_padding=False)
-    # Temperature of the softmax over positions.
-    kd.CWD.TAU = 1.0
-    # "features" = FPN outputs; "dense" = classification logits of a one-stage head.
-    kd.CWD.TARGET = "features"
-
-    kd.PKD = head_node(weight=6.0, mask_padding=False)
-
-
-def _add_icd_keys(cfg: CN) -> None:
-    cfg.KD.ICD = icd = head_node(weight=8.0, mask_padding=True)
-    # Width of queries, keys and values, and the attention heads that share it.
-    icd.DIM = 256
-    icd.HEADS = 8
-    # Decoder layers; the distillation term is their mean.
-    icd.LAYERS = 1
-    icd.FFN_DIM = 1024
-    # A query's centre is off by up to this fraction of the box's sides; less than 0.5.
-    icd.JITTER = 0.3
-    # Fake instances per real one, as long as an image has at most MAX_QUERIES of both; real ones
-    # are never dropped (an image with MAX_QUERIES objects gets no fake).
-    icd.NEGATIVES_PER_BOX = 5.0
-    icd.MAX_QUERIES = 300
-    # Where fakes come from: "dataset" = class frequencies and box sizes measured in DATASETS.TRAIN;
-    # "uniform" = all classes alike, sizes 0.2 +- 0.2 of the image.
-    icd.PRIORS = "dataset"
-    # First iterations in which the distillation term trains the student's value projection only.
-    icd.DETACH_ITERS = 1000
-    # Weights of the distillation term: "decoder" = attention of the real instances; "uniform" and
-    # "fgfi" (mask of KD.FGFI) are the published ablation.
-    icd.ATTENTION = "decoder"
-    # Factors of the auxiliary tasks, which train the decoder: real or fake, and box sides.
-    icd.CONF_WEIGHT = 1.0
-    icd.BOX_WEIGHT = 1.0
-    # Optimizer of the decoder and of the student's value projection.
-    icd.OPTIMIZER = CN()
-    icd.OPTIMIZER.NAME = "AdamW"
-    icd.OPTIMIZER.BASE_LR = 1e-4
-    icd.OPTIMIZER.WEIGHT_DECAY = 1e-4
-    icd.OPTIMIZER.CLIP_NORM = 0.01  # of the total gradient norm; 0 = no clipping
-    icd.OPTIMIZER.LR_SCHEDULER_NAME = "WarmupCosineLR"
-    icd.OPTIMIZER.WARMUP_ITERS = 10
 
 
 def _add_solver_keys(cfg: CN) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..config import head_node, register_config
 from ..context import DistillContext
 from ..errors import ConfigError
 from ..functional.cwd import cwd_loss
@@ -12,6 +13,16 @@ from ..taps import architectures_with
 from .base import IMITATION_HEAD_REGISTRY, ImitationHead, build_adapters
 
 TARGETS = ("features", "dense")
+
+
+@register_config
+def add_cwd_config(cfg) -> None:
+    """Add KD.CWD."""
+    cfg.KD.CWD = node = head_node(weight=10.0, mask_padding=False)
+    # Temperature of the softmax over positions.
+    node.TAU = 1.0
+    # "features" = FPN outputs; "dense" = classification logits of a one-stage head.
+    node.TARGET = "features"
 
 
 @IMITATION_HEAD_REGISTRY.register()

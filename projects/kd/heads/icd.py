@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from torch import nn
 
 from ..adapters import align_spatial
+from ..config import head_node, register_config
 from ..context import DistillContext, ModelInfo
 from ..data.priors import BoxPriors, dataset_priors, uniform_priors
 from ..errors import ConfigError
@@ -28,6 +30,43 @@ from .icd_queries import Queries, draw_queries
 
 ATTENTIONS = ("decoder", "uniform", "fgfi")
 PRIORS = ("dataset", "uniform")
+
+
+@register_config
+def add_icd_config(cfg) -> None:
+    """Add KD.ICD."""
+    cfg.KD.ICD = node = head_node(weight=8.0, mask_padding=True)
+    # Width of queries, keys and values, and the attention heads that share it.
+    node.DIM = 256
+    node.HEADS = 8
+    # Decoder layers; the distillation term is their mean.
+    node.LAYERS = 1
+    node.FFN_DIM = 1024
+    # A query's centre is off by up to this fraction of the box's sides; less than 0.5.
+    node.JITTER = 0.3
+    # Fake instances per real one, as long as an image has at most MAX_QUERIES of both; real ones
+    # are never dropped (an image with MAX_QUERIES objects gets no fake).
+    node.NEGATIVES_PER_BOX = 5.0
+    node.MAX_QUERIES = 300
+    # Where fakes come from: "dataset" = class frequencies and box sizes measured in DATASETS.TRAIN;
+    # "uniform" = all classes alike, sizes 0.2 +- 0.2 of the image.
+    node.PRIORS = "dataset"
+    # First iterations in which the distillation term trains the student's value projection only.
+    node.DETACH_ITERS = 1000
+    # Weights of the distillation term: "decoder" = attention of the real instances; "uniform" and
+    # "fgfi" (mask of KD.FGFI) are the published ablation.
+    node.ATTENTION = "decoder"
+    # Factors of the auxiliary tasks, which train the decoder: real or fake, and box sides.
+    node.CONF_WEIGHT = 1.0
+    node.BOX_WEIGHT = 1.0
+    # Optimizer of the decoder and of the student's value projection.
+    node.OPTIMIZER = CfgNode()
+    node.OPTIMIZER.NAME = "AdamW"
+    node.OPTIMIZER.BASE_LR = 1e-4
+    node.OPTIMIZER.WEIGHT_DECAY = 1e-4
+    node.OPTIMIZER.CLIP_NORM = 0.01  # of the total gradient norm; 0 = no clipping
+    node.OPTIMIZER.LR_SCHEDULER_NAME = "WarmupCosineLR"
+    node.OPTIMIZER.WARMUP_ITERS = 10
 
 
 @IMITATION_HEAD_REGISTRY.register()

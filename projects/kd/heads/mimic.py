@@ -5,12 +5,22 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..config import head_node, register_config
 from ..context import DistillContext
 from ..errors import ConfigError
 from ..functional.mimic import mimic_loss
 from .base import IMITATION_HEAD_REGISTRY, ImitationHead, build_adapters
 
 MASKS = ("valid", "gt_box")
+
+
+@register_config
+def add_mimic_config(cfg) -> None:
+    """Add KD.MIMIC."""
+    cfg.KD.MIMIC = node = head_node(weight=1.0, mask_padding=True)
+    # "valid" = all cells of the unpadded image; "gt_box" = cells whose centre is in a ground-truth
+    # box (padding is outside of every box).
+    node.MASK = "valid"
 
 
 @IMITATION_HEAD_REGISTRY.register()

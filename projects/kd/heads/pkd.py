@@ -5,9 +5,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..config import head_node, register_config
 from ..context import DistillContext
 from ..functional.pkd import pkd_loss
 from .base import IMITATION_HEAD_REGISTRY, ImitationHead, build_adapters
+
+
+@register_config
+def add_pkd_config(cfg) -> None:
+    """Add KD.PKD."""
+    cfg.KD.PKD = head_node(weight=6.0, mask_padding=False)
 
 
 @IMITATION_HEAD_REGISTRY.register()
