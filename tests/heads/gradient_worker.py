@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from kd_testing import CHANNELS, DENSE_CHANNELS, STRIDES, head_cfg, make_context, toy_info
+from kd_testing import CHANNELS, DENSE_CHANNELS, STRIDES, Stages, head_cfg, make_context, toy_info
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -48,6 +48,7 @@ CASES = {
         Case("FGFI", {"WEIGHT": 1.0}, whole_batch=True),
         Case("FGFI", {"WEIGHT": 1.0}, boxes=(4, 0), whole_batch=True),
         Case("FGFI", {"WEIGHT": 1.0}, boxes=(0, 0), whole_batch=True),
+        Case("SDF", {"EMBED_DIM": 8}),
         Case("ICD", {"PRIORS": "uniform", "DIM": 16, "HEADS": 4, "FFN_DIM": 32, "DETACH_ITERS": 0}),
     )
 }
@@ -70,7 +71,8 @@ class Step(nn.Module):
     def forward(self, images, ctx):
         features = {level: conv(images) for level, conv in self.levels.items()}
         logits = [self.predictor(feature) for feature in features.values()]
-        ctx.student_features, ctx.student_outputs = features, {"dense": (logits,)}
+        ctx.student_features = features
+        ctx.student_outputs = {"dense": (logits,), "bottom_up": Stages(features)}
         task = sum(x.square().sum() for x in (*features.values(), *logits)) / TASK_NORMALISER
         torch.manual_seed(1)  # a head that draws does so alike wherever the batch is run
         return task, sum(self.head(ctx).values())
