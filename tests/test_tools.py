@@ -186,6 +186,9 @@ def test_teacher_on_the_students_input_keeps_its_channel_order(config, evaluated
     tool("evaluate_teacher")("--config-file", config, "--student-input")
     cfg = evaluated[0][0]
     assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT) == (64, 96, "RGB")
+    options = ("--student-input", "KD.TEACHER.INPUT_SCALE", "2.0")
+    tool("evaluate_teacher")("--config-file", config, *options)
+    assert (evaluated[1][0].INPUT.MIN_SIZE_TEST, evaluated[1][0].INPUT.MAX_SIZE_TEST) == (128, 192)
 
 
 def test_an_ordinary_config_is_its_own_teacher(config, folder, evaluated):
