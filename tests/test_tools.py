@@ -147,6 +147,16 @@ def test_calibrate_at_the_suggested_weight_reaches_the_target(config):
     assert zero["weighted_loss"]["median"] == 0.0 < zero["raw_loss"]["median"]
 
 
+def test_calibrate_measures_heads_on_backbone_stages_there(config):
+    """At the pyramid's levels SDF has no gradient at all."""
+    calibrate = tool("calibrate")
+    words = ("--config-file", config, "--batches", 1, "--target", 0.3)
+    words = (*words, "KD.HEADS", "('SDF',)", "KD.SDF.EMBED_DIM", 8)
+    weight = calibrate(*words)["heads"]["SDF"]["suggested_weight"]
+    entry = calibrate(*words, "KD.SDF.WEIGHT", weight)["heads"]["SDF"]
+    assert weight > 0 and entry["share"]["median"] == pytest.approx(0.3, rel=1e-4)
+
+
 def test_calibrate_refuses_what_it_cannot_measure(config):
     calibrate = tool("calibrate")
     with pytest.raises(ConfigError, match=r"KD\.META_ARCHITECTURE"):
