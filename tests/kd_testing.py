@@ -147,6 +147,7 @@ def make_context(
     dtype=torch.float32,
     same: bool = False,
     seed: int = 0,
+    teacher_scale: float = 1.0,
 ) -> DistillContext:
     """Random features of both sides, all of them leaves that ask for a gradient.
 
@@ -158,19 +159,21 @@ def make_context(
         dtype: of the features.
         same: the teacher's values are the student's.
         seed: of everything.
+        teacher_scale: side of the teacher's input in parts of the student's.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def maps(number):
+    def maps(number, scale=1.0):
+        sides = [round(scale * x) for x in canvas]
         return {
             level: torch.randn(
-                len(sizes), number, *(-(-x // stride) for x in canvas), generator=generator
+                len(sizes), number, *(-(-x // stride) for x in sides), generator=generator
             ).to(dtype)
             for level, stride in STRIDES.items()
         }
 
-    student, teacher = maps(channels[0]), maps(channels[1])
-    ours, theirs = maps(DENSE_CHANNELS), maps(DENSE_CHANNELS)
+    student, teacher = maps(channels[0]), maps(channels[1], teacher_scale)
+    ours, theirs = maps(DENSE_CHANNELS), maps(DENSE_CHANNELS, teacher_scale)
     if same:
         teacher, theirs = ({k: v.clone() for k, v in x.items()} for x in (student, ours))
     for value in (v for x in (student, teacher, ours, theirs) for v in x.values()):
@@ -186,6 +189,7 @@ def make_context(
         student_outputs={"dense": (list(ours.values()),)},
         teacher_outputs={"dense": (list(theirs.values()),)},
         strides=dict(STRIDES),
+        teacher_scale=teacher_scale,
     )
 
 

@@ -6,8 +6,8 @@
 Builds the teacher of KD.TEACHER, or, when the config names none, the model of the config itself
 with MODEL.WEIGHTS, and evaluates it on DATASETS.TEST. Images are resized and ordered as the
 teacher's own config says (INPUT.MIN_SIZE_TEST, MAX_SIZE_TEST, FORMAT); with --student-input as the
-student's config says, which is what it sees in training. Channel order always follows the teacher.
-Predictions and metrics.json are written to OUTPUT_DIR/teacher_evaluation.
+student's config says, times KD.TEACHER.INPUT_SCALE: what it sees in training. Channel order always
+follows the teacher. Predictions and metrics.json are written to OUTPUT_DIR/teacher_evaluation.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ def build(cfg, student_input: bool):
         cfg.TEST.DETECTIONS_PER_IMAGE = teacher.cfg.TEST.DETECTIONS_PER_IMAGE
         for key in () if student_input else INPUT_KEYS:
             cfg.INPUT[key] = teacher.cfg.INPUT[key]
+    for key in INPUT_KEYS if student_input else ():
+        cfg.INPUT[key] = round(cfg.INPUT[key] * cfg.KD.TEACHER.INPUT_SCALE)
     return teacher.model, cfg
 
 

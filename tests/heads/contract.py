@@ -36,6 +36,7 @@ class HeadContract:
         reads: "features" or "dense", what the student's gradient must reach.
         blind_to_canvas: prefix of the losses that do not see how far a batch is padded.
         half: tolerances of a step in half precision.
+        averages_teacher: a teacher's grid that is finer is brought to the student's by its mean.
     """
 
     name: str
@@ -47,6 +48,7 @@ class HeadContract:
     reads: str = "features"
     blind_to_canvas: str = "loss_"
     half: dict = {"rtol": 1e-5, "atol": 1e-7}
+    averages_teacher: bool = True
 
     # -- what a head with other needs overrides ------------------------------------------------
 
@@ -228,6 +230,39 @@ class HeadContract:
         total.backward()
         for _, x in self.student_leaves(half, head):
             assert x.grad.dtype == dtype and x.grad.isfinite().all()
+
+    @pytest.mark.parametrize("mask_padding", [True, False])
+    def test_a_teacher_of_double_resolution(self, mask_padding):
+        """Each of its cells split into four: the same loss. With MASK_PADDING its padding is out,
+        in the blocks too that reach over the border."""
+        head = self.head(MASK_PADDING=mask_padding)
+        ctx, fine = self.context(**RAGGED), self.context(**RAGGED, teacher_scale=2.0)
+        fine.gt = copy.deepcopy(ctx.gt)
+        coarse_sides, fine_sides = leaves(ctx), leaves(fine)
+        with torch.no_grad():
+            for (_, x), (_, y) in zip(coarse_sides.student, fine_sides.student, strict=True):
+                y.copy_(x)
+            for (level, x), (_, y) in zip(coarse_sides.teacher, fine_sides.teacher, strict=True):
+                y.copy_(x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+                if mask_padding:
+                    y.masked_fill_(~fine.teacher_valid_mask(level), float("nan"))
+        expected, found = self.run(head, ctx)[0], self.run(head, fine)[0]
+        for key, loss in found.items():
+            if self.averages_teacher:
+                torch.testing.assert_close(loss, expected[key], rtol=1e-5, atol=1e-6)
+            assert loss.isfinite() and loss > 0
+        sum(found.values()).backward()
+        for level, x in self.student_leaves(fine, head):
+            assert x.grad is not None and x.grad.isfinite().all(), level
+
+    @pytest.mark.parametrize("scale", [2.0, 0.5])
+    def test_teachers_of_other_sizes_give_finite_losses(self, scale):
+        channels = (CHANNELS, MORE_CHANNELS if self.adapts else CHANNELS)
+        losses, total = self.run(
+            self.head(channels), self.context(**RAGGED, channels=channels, teacher_scale=scale)
+        )
+        total.backward()
+        assert all(loss.isfinite() and loss > 0 for loss in losses.values())
 
     def test_levels_are_limited_by_the_config(self):
         for head in (

@@ -248,6 +248,7 @@ def test_the_teacher_may_have_finer_levels():
     expected = head(ctx)
     for level, feature in ctx.teacher_features.items():
         ctx.teacher_features[level] = feature.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        ctx.teacher_strides[level] = STRIDES[level] // 2
     torch.manual_seed(3)
     found = head(ctx)
     for key in found:

@@ -113,7 +113,7 @@ class CSA(ImitationHead):
                 f"student predicts from: {', '.join(predictor.levels)}"
             )
         levels = [level for level in kwargs["levels"] if level not in unread]
-        scale = cfg.KD.TEACHER.get("INPUT_SCALE", 1.0)
+        scale = cfg.KD.TEACHER.INPUT_SCALE
         strides = {level: student.shapes[level].stride for level in levels}
         rates = read_rates(node.RATES, strides, scale)
         _check_node(node, rates)
@@ -164,9 +164,9 @@ class CSA(ImitationHead):
 
     def teacher_mask(self, ctx: DistillContext, level: str) -> torch.Tensor | None:
         """(N, 1, Ht, Wt) bool of the teacher's valid cells; None without padding."""
-        if not self.mask_padding or not ctx.has_padding(level):
+        if not self.mask_padding or not ctx.teacher_has_padding(level):
             return None
-        return ctx.valid_mask(level)
+        return ctx.teacher_valid_mask(level)
 
     def aux_parameters(self) -> Iterable[nn.Parameter]:
         """The whole assistant."""

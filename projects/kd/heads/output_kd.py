@@ -184,7 +184,7 @@ class OutputKD(ImitationHead):
         ours = predictor_for(student.model, "OutputKD")
         theirs = predictor_for(teacher.model, "OutputKD", "teacher")
         ours.check_student()
-        scale = cfg.KD.TEACHER.get("INPUT_SCALE", 1.0)
+        scale = cfg.KD.TEACHER.INPUT_SCALE
         if ours.num_classes != theirs.num_classes:
             raise ConfigError(
                 f"{key}: the student has {ours.num_classes} classes and the teacher "

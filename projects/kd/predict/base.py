@@ -90,11 +90,9 @@ class AnchorMatch:
     step: int = 1
     start: int = 0
 
-    def select(self, values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        """(N, C, H, W) of the teacher's (N, C, Ht, Wt), with ``size`` = (H, W)."""
-        return values[..., self.start :: self.step, self.start :: self.step][
-            ..., : size[0], : size[1]
-        ]
+    def select(self, values: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) on the student's grid of the teacher's (N, C, Ht, Wt)."""
+        return values[..., self.start :: self.step, self.start :: self.step]
 
 
 class Predictor:

@@ -139,8 +139,12 @@ def level_pair(
         jitter: see :meth:`Predictor.pairs`.
     """
     logits = student.logits[place]
-    size = logits.shape[-2:]
-    other = _whole(match.select(target.logits[match.index], size), size)
+    other = match.select(target.logits[match.index])
+    if other.shape[-2:] != logits.shape[-2:]:
+        raise ConfigError(
+            f"KD.TEACHER.INPUT_SCALE: the teacher predicts on {tuple(other.shape[-2:])} cells where "
+            f"the student has {tuple(logits.shape[-2:])}; its image is not of that scale"
+        )
     counted = positive = None
     if labelled is not None:
         counted, positive = labelled >= 0, (labelled >= 0) & (labelled != width)
@@ -157,7 +161,7 @@ def level_pair(
         "positive": positive,
     }
     if boxes is not None:
-        deltas = match.select(target.deltas[match.index], size)
+        deltas = match.select(target.deltas[match.index])
         pair["student_boxes"] = decode(student.deltas[place], *boxes, mask)
         pair["target_boxes"] = jitter_boxes(decode(deltas.detach(), *boxes, mask), jitter)
     return DensePair(**pair)
@@ -171,15 +175,6 @@ def decode(deltas: torch.Tensor, anchors: Boxes, transform, mask: torch.Tensor |
     flat = flatten_cells([deltas], 4)[0].flatten(0, 1)
     boxes = transform.apply_deltas(flat, anchors.tensor.repeat(count, 1))
     return boxes.view(count, height, width, -1, 4).permute(0, 3, 1, 2, 4)
-
-
-def _whole(values: torch.Tensor, size) -> torch.Tensor:
-    if values.shape[-2:] == size:
-        return values
-    raise ConfigError(
-        f"KD.TEACHER.INPUT_SCALE: the teacher predicts on {tuple(values.shape[-2:])} cells where "
-        f"the student has {tuple(size)}; its padded input must be a multiple of the student's"
-    )
 
 
 def check_transforms(student, teacher, key: str) -> None:
