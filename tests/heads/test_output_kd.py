@@ -2,60 +2,19 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import kd_models
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from heads.contract import HeadContract
-from kd_testing import CHANNELS, STRIDES, head_cfg, make_context, toy_info, toy_retinanet
+from heads.prediction_contract import PredictionContract, prediction_context
+from kd_testing import CHANNELS, STRIDES, head_cfg, toy_info, toy_retinanet
 
 from projects.kd.errors import ConfigError
 from projects.kd.functional.output_kd import dense_class_loss
 from projects.kd.heads import build_imitation_heads
 from projects.kd.predict import predictor_for
 
-
-class PredictionContract(HeadContract):
-    """The contract for heads on predictions: of toy RetinaNets with their heads."""
-
-    reads = "dense"
-    half = {"rtol": 0.05, "atol": 1e-4}  # detectors' layers run in the step's precision
-
-    def infos(self, channels):
-        return tuple(toy_info(number, model=toy_retinanet(number)) for number in channels)
-
-    def context(self, **kwargs):
-        return prediction_context(**kwargs)
-
-    @staticmethod
-    def run(head, ctx):
-        with EventStorage():
-            return HeadContract.run(head, ctx)
-
-
-def prediction_context(same: bool = False, **kwargs):
-    """With models, and deltas beside the dense logits; ``same``: as the student's head says."""
-    ctx = make_context(same=same, **kwargs)
-    channels = kwargs.get("channels", (CHANNELS, CHANNELS))
-    student, teacher = (toy_retinanet(number) for number in channels)
-    ctx.student, ctx.teacher = student, SimpleNamespace(model=teacher)
-    generator = torch.Generator().manual_seed(5)
-    for outputs in (ctx.student_outputs, ctx.teacher_outputs):
-        (logits,) = outputs["dense"]
-        deltas = [
-            torch.randn(len(x), 16, *x.shape[-2:], generator=generator).to(x.dtype).requires_grad_()
-            for x in logits
-        ]
-        outputs["dense"] = (logits, deltas)
-    if same:
-        with torch.no_grad():
-            found = student.head([x.detach() for x in ctx.student_features.values()])
-            for ours, theirs in zip(ctx.student_outputs["dense"], found, strict=True):
-                for x, y in zip(ours, theirs, strict=True):
-                    x.copy_(y)
-    return ctx
+LARGER = {"TEACHER": {"INPUT_SCALE": 2.0}}
 
 
 class TestOutputKD(PredictionContract):
@@ -67,13 +26,66 @@ class TestOutputKD(PredictionContract):
         levels = zip(ctx.student_features, *ctx.student_outputs["dense"], strict=True)
         return [(level, x) for level, *both in levels for x in both]
 
+    @pytest.mark.parametrize("mask_padding", [True, False])
+    def test_a_teacher_of_double_resolution(self, mask_padding):
+        """With anchors of twice the size, every second of its cells is one of the student's."""
+        node = {"MASK_PADDING": mask_padding, "PRESET": "balanced"}
+        coarse = prediction_context()
+        expected = self.run(build(teacher=toy_retinanet(), **node), coarse)[0]
+        fine = prediction_context(teacher_scale=2.0)
+        fine.gt = coarse.gt
+        for ours, theirs in zip(
+            coarse.student_outputs["dense"], fine.student_outputs["dense"], strict=True
+        ):
+            for x, y in zip(ours, theirs, strict=True):
+                y.data.copy_(x)
+        for level, x in coarse.teacher_features.items():
+            fine.student_features[level].data.copy_(coarse.student_features[level])
+            blocks = x.detach().repeat_interleave(2, 2).repeat_interleave(2, 3)
+            fine.teacher_features[level].data.copy_(blocks)
+        found = self.run(build(teacher=enlarged(), common=LARGER, **node), fine)[0]
+        for key, loss in expected.items():
+            assert loss > 0
+            torch.testing.assert_close(found[key], loss)
 
-def build(student=None, teacher=None, **node):
+    def test_teachers_of_other_sizes_give_finite_losses(self):
+        """With the student's own anchors, the teacher's next coarser level predicts for them."""
+        head = build(teacher=toy_retinanet(), common=LARGER)
+        assert head.levels == ("p3", "p4") and [head.match[x].index for x in head.levels] == [1, 2]
+        ctx = prediction_context(teacher_scale=2.0)
+        losses, total = self.run(head, ctx)
+        total.backward()
+        assert all(loss.isfinite() and loss > 0 for loss in losses.values())
+        assert not ctx.student_outputs["dense"][0][2].grad
+        logits, _ = ctx.teacher.model.head(list(ctx.teacher_features.values()))
+        again = dense_class_loss(
+            [
+                (*(x.unflatten(1, (4, 2)) for x in pair), None)
+                for pair in zip(ctx.student_outputs["dense"][0][:2], logits[1:], strict=True)
+            ]
+        )
+        open_head = build(
+            *(toy_retinanet(), toy_retinanet(), LARGER), MASK_PADDING=False, CLS_WEIGHT=1.0
+        )
+        ctx.gt = [x[:0] for x in ctx.gt]  # without boxes no anchor is ignored
+        loss = self.run(open_head, ctx)[0]["loss_kd_outputkd_cls"]
+        torch.testing.assert_close(loss, again)
+
+
+def enlarged(scale: float = 2.0):
+    """A toy teacher with anchors of ``scale`` times the student's."""
+    model = toy_retinanet()
+    for anchors in model.anchor_generator.cell_anchors:
+        anchors.mul_(scale)
+    return model
+
+
+def build(student=None, teacher=None, common=None, **node):
     infos = (
         toy_info(CHANNELS, model=student or toy_retinanet()),
         toy_info(CHANNELS + 2, model=teacher or toy_retinanet(CHANNELS + 2)),
     )
-    return build_imitation_heads(head_cfg("OutputKD", **node), *infos)["OutputKD"]
+    return build_imitation_heads(head_cfg("OutputKD", common, **node), *infos)["OutputKD"]
 
 
 def test_teachers_of_other_widths_are_as_good():
@@ -209,6 +221,8 @@ def test_other_classes_anchors_units_and_families_are_refused():
     teacher.box2box_transform.weights = (10.0, 10.0, 5.0, 5.0)
     with pytest.raises(ConfigError, match="BBOX_REG_WEIGHTS"):
         build(teacher=teacher)
+    with pytest.raises(ConfigError, match=r"not on p5"):
+        build(teacher=toy_retinanet(), common=LARGER, LEVELS=("p3", "p5"))
     rcnn = kd_models.build(kd_models.tiny_cfg("GeneralizedRCNN", MODEL__ROI_HEADS__NUM_CLASSES=2))
     with pytest.raises(ConfigError, match="same family"):
         build(teacher=rcnn)

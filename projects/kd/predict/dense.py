@@ -142,8 +142,8 @@ def level_pair(
     other = match.select(target.logits[match.index])
     if other.shape[-2:] != logits.shape[-2:]:
         raise ConfigError(
-            f"KD.TEACHER.INPUT_SCALE: the teacher predicts on {tuple(other.shape[-2:])} cells where "
-            f"the student has {tuple(logits.shape[-2:])}; its image is not of that scale"
+            f"KD.TEACHER.INPUT_SCALE: the teacher predicts on {tuple(other.shape[-2:])} cells "
+            f"where the student has {tuple(logits.shape[-2:])}; its image is not of that scale"
         )
     counted = positive = None
     if labelled is not None:
