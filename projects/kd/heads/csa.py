@@ -62,8 +62,11 @@ class CSA(ImitationHead):
 
     - train the attention on ground truth with the detector's own losses (``loss_aux_csa_*``, in
       every iteration, by an optimizer of its own);
-    - detached, teach the student (``loss_kd_csa_*``, see :func:`prediction_losses`), which differ
-      from nothing at the start, as W^O is 0 and both predict the same.
+    - detached, teach the student (``loss_kd_csa_*``, see :func:`prediction_losses`). At the start
+      W^O is 0: both predict the same, and these losses are 0.
+
+    ``kd/csa_gain`` in the log is the student's detection loss less the assistant's, on the same
+    anchors and regions: an assistant without a gain has nothing to teach.
 
     One head pass serves both: the student's targets are those before the assistant's step. As the
     two kinds of losses reach disjoint parameters, one backward pass of their sum and a step of each
@@ -144,6 +147,7 @@ class CSA(ImitationHead):
         with step_precision(ctx.student_features[self.levels[0]]):
             assistant = predictor.predict(features, assigned)
         losses = predictor.losses(assistant, assigned)
+        self._log(ctx, predictor, student, assigned, losses)
         trains = float(self.aux_active(ctx.iteration))
         auxiliary = {
             f"loss_aux_csa_{name.removeprefix('loss_')}": loss if trains else loss * 0.0
@@ -152,6 +156,13 @@ class CSA(ImitationHead):
         options = {"levels": self.levels, "masks": cell_masks(self, ctx)}
         pairs = predictor.pairs(student, assistant, assigned, **options)
         return {**prediction_losses(pairs, "csa", self.weights, self.weight), **auxiliary}
+
+    @torch.no_grad()
+    def _log(self, ctx, predictor, student, assigned, losses) -> None:
+        """``kd/csa_gain``: by how much its detection losses are below the student's own."""
+        if ctx.log_scalars:
+            own = predictor.losses(student, assigned)
+            ctx.put_scalar("kd/csa_gain", sum(own.values()) - sum(losses.values()))
 
     def assist(self, ctx: DistillContext) -> dict[str, torch.Tensor]:
         """The assistant's features, all of the student's levels, (N, C, H, W) in fp32."""
