@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 import torch
@@ -18,7 +19,14 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from projects.kd import DistillContext, ModelInfo, add_kd_config, register_class_key
+from projects.kd import (
+    DistillContext,
+    ModelInfo,
+    TapSpec,
+    add_kd_config,
+    register_class_key,
+    register_taps,
+)
 
 STRIDES = {"p3": 8, "p4": 16, "p5": 32}
 CHANNELS = 6
@@ -67,6 +75,8 @@ class ToyDetector(nn.Module):
         shapes = {level: ShapeSpec(channels=channels, stride=s) for level, s in strides.items()}
         self.backbone = nn.Module()
         self.backbone.output_shape = lambda: shapes
+        self.backbone.bottom_up = nn.Module()
+        self.backbone.bottom_up.output_shape = lambda: {stage(x): s for x, s in shapes.items()}
         self.head_in_features = list(shapes)
         self.anchor_generator = DefaultAnchorGenerator(
             sizes=[[2.0 * s, 3.0 * s] for s in strides.values()],
@@ -113,10 +123,34 @@ def toy_retinanet(channels: int = CHANNELS, seed: int = 0) -> RetinaNet:
     return model.train()
 
 
+def stage(level: str) -> str:
+    """The toy backbone's stage below a level: it has the same values."""
+    return level.replace("p", "res")
+
+
+class Stages(Mapping):
+    """Backbone stages that are the features of their levels, whatever these are set to."""
+
+    def __init__(self, features):
+        self.features = features
+
+    def __getitem__(self, name):
+        return self.features[name.replace("res", "p")]
+
+    def __iter__(self):
+        return map(stage, self.features)
+
+    def __len__(self):
+        return len(self.features)
+
+
 register_class_key("ToyDetector", "MODEL.RETINANET.NUM_CLASSES")
+register_taps("ToyDetector", features=TapSpec("backbone"), bottom_up=TapSpec("backbone.bottom_up"))
 
 
-def toy_info(channels: int = CHANNELS, cfg=None, taps=("features", "dense"), model=None):
+def toy_info(
+    channels: int = CHANNELS, cfg=None, taps=("features", "dense", "bottom_up"), model=None
+):
     """One side of a pair of toy detectors."""
     model = ToyDetector(channels) if model is None else model
     shapes = model.backbone.output_shape()
@@ -186,8 +220,8 @@ def make_context(
         gt=gt,
         student_features=student,
         teacher_features=teacher,
-        student_outputs={"dense": (list(ours.values()),)},
-        teacher_outputs={"dense": (list(theirs.values()),)},
+        student_outputs={"dense": (list(ours.values()),), "bottom_up": Stages(student)},
+        teacher_outputs={"dense": (list(theirs.values()),), "bottom_up": Stages(teacher)},
         strides=dict(STRIDES),
         teacher_scale=teacher_scale,
     )

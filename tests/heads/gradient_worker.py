@@ -14,6 +14,7 @@ from kd_testing import (
     CHANNELS,
     DENSE_CHANNELS,
     STRIDES,
+    Stages,
     head_cfg,
     make_context,
     toy_info,
@@ -63,6 +64,7 @@ CASES = {
         Case("FGFI", {"WEIGHT": 1.0}, whole_batch=True),
         Case("FGFI", {"WEIGHT": 1.0}, boxes=(4, 0), whole_batch=True),
         Case("FGFI", {"WEIGHT": 1.0}, boxes=(0, 0), whole_batch=True),
+        Case("SDF", {"EMBED_DIM": 8}),
         Case("ICD", {"PRIORS": "uniform", "DIM": 16, "HEADS": 4, "FFN_DIM": 32, "DETACH_ITERS": 0}),
         Case("OutputKD", {"WEIGHT": 10.0}, detectors=toy_retinanet),
         Case("CSA", {"WEIGHT": 10.0, "DIM": 16, "NUM_HEADS": 4}, detectors=toy_retinanet),
@@ -94,7 +96,8 @@ class Step(nn.Module):
         features = {level: conv(images) for level, conv in self.levels.items()}
         logits = [self.predictor(feature) for feature in features.values()]
         deltas = [self.regressor(feature) for feature in features.values()]
-        ctx.student_features, ctx.student_outputs = features, {"dense": (logits, deltas)}
+        ctx.student_features = features
+        ctx.student_outputs = {"dense": (logits, deltas), "bottom_up": Stages(features)}
         ctx.student, ctx.teacher = self.detectors[0], SimpleNamespace(model=self.detectors[1])
         outputs = (*features.values(), *logits, *deltas)
         task = sum(x.square().sum() for x in outputs) / TASK_NORMALISER
