@@ -18,7 +18,7 @@ from projects.kd.assistant import AssistantDetector, build_assistant, judge
 from projects.kd.errors import ConfigError
 
 NAME = "noise_assistant"
-SETTINGS = {"KD__CSA__DIM": 16, "KD__CSA__NUM_HEADS": 4, "SOLVER__MAX_ITER": 90}
+SETTINGS = {"KD__CSA__DIM": 16, "KD__CSA__HEADS": 4, "SOLVER__MAX_ITER": 90}
 ARCHS = ["RetinaNet", "GeneralizedRCNN"]
 
 

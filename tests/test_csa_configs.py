@@ -55,7 +55,7 @@ def test_coco(detector, student, kind, method, scale, teacher):
         assert (kd.OUTPUTKD.PRESET, kd.OUTPUTKD.BOX_JITTER) == ("balanced", 0.0)
         return
     csa = kd.CSA
-    assert (csa.PRESET, csa.DIM, csa.NUM_HEADS, csa.LEVELS, csa.RATES) == (
+    assert (csa.PRESET, csa.DIM, csa.HEADS, csa.LEVELS, csa.RATES) == (
         *("balanced", 256, 8, ()),
         [],
     )

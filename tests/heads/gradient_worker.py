@@ -67,7 +67,7 @@ CASES = {
         Case("SDF", {"EMBED_DIM": 8}),
         Case("ICD", {"PRIORS": "uniform", "DIM": 16, "HEADS": 4, "FFN_DIM": 32, "DETACH_ITERS": 0}),
         Case("OutputKD", {"WEIGHT": 10.0}, detectors=toy_retinanet),
-        Case("CSA", {"WEIGHT": 10.0, "DIM": 16, "NUM_HEADS": 4}, detectors=toy_retinanet),
+        Case("CSA", {"WEIGHT": 10.0, "DIM": 16, "HEADS": 4}, detectors=toy_retinanet),
     )
 }
 

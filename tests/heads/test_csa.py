@@ -16,7 +16,7 @@ from projects.kd.heads import build_imitation_heads
 from projects.kd.heads.csa import read_rates
 from projects.kd.predict import predictor_for
 
-SMALL = {"DIM": 16, "NUM_HEADS": 4}
+SMALL = {"DIM": 16, "HEADS": 4}
 ARCHS = ["RetinaNet", "GeneralizedRCNN"]
 
 
@@ -62,7 +62,7 @@ def wrapper(folder, arch="RetinaNet", scale=1.0, teacher=None, student=None, **o
     files = kd_models.write_teacher(folder, kd_models.tiny_cfg(arch, **(teacher or {})))
     overrides = {
         "KD__CSA__DIM": 16,
-        "KD__CSA__NUM_HEADS": 4,
+        "KD__CSA__HEADS": 4,
         "SOLVER__MAX_ITER": 90,
         "KD__TEACHER__INPUT_SCALE": scale,
         **(student or {}),
@@ -257,9 +257,9 @@ def test_while_idle_it_has_no_gradient_and_does_not_step():
         ({"RATES": [["p3", 1.5]]}, "KD.CSA.RATES"),
         ({"RATES": [["p3"]]}, "KD.CSA.RATES"),
         ({"RATES": ["p3"]}, "KD.CSA.RATES"),
-        ({"RATES": [["p3", 4, 2, 1]]}, "KD.CSA.NUM_HEADS is 4.*p3 has 3"),
-        ({"NUM_HEADS": 0}, "KD.CSA.NUM_HEADS"),
-        ({"DIM": 18}, "KD.CSA.DIM is 18.*NUM_HEADS"),
+        ({"RATES": [["p3", 4, 2, 1]]}, "KD.CSA.HEADS is 4.*p3 has 3"),
+        ({"HEADS": 0}, "KD.CSA.HEADS"),
+        ({"DIM": 18}, "KD.CSA.DIM is 18.*HEADS"),
         ({"DIM": 20, "POSITIONS": True}, "KD.CSA.DIM is 20.*POSITIONS"),
         ({"IDLE_ITERS": -1}, "KD.CSA.IDLE_ITERS"),
         ({"PRESET": "best"}, "KD.CSA.PRESET.*paper, balanced"),
@@ -288,7 +288,7 @@ def test_detectors_that_it_cannot_work_with():
 def test_teachers_of_another_family_are_as_good(tmp_path):
     """The assistant reads a teacher's features alone: any classes, anchors and stages."""
     files = kd_models.write_teacher(tmp_path, kd_models.tiny_cfg("GeneralizedRCNN"))
-    settings = {"KD__CSA__DIM": 16, "KD__CSA__NUM_HEADS": 4, "SOLVER__MAX_ITER": 90}
+    settings = {"KD__CSA__DIM": 16, "KD__CSA__HEADS": 4, "SOLVER__MAX_ITER": 90}
     model = kd_models.build_wrapper(kd_models.distill_cfg(files, "RetinaNet", ("CSA",), **settings))
     stir(model)
     assert model.heads["CSA"].levels == ("p3", "p4", "p5"), "not the levels of the top blocks"

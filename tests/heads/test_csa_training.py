@@ -39,7 +39,7 @@ def config(teacher, folder, heads=("CSA",), **overrides):
         "SOLVER__CHECKPOINT_PERIOD": 2,
         "SEED": 11,
         "KD__CSA__DIM": 16,
-        "KD__CSA__NUM_HEADS": 4,
+        "KD__CSA__HEADS": 4,
         "KD__CSA__OPTIMIZER__WARMUP_ITERS": 0,
         "OUTPUT_DIR": str(folder),
     }

@@ -33,7 +33,7 @@ def add_csa_config(cfg) -> None:
     node.IDLE_ITERS = 0
     # Width of queries, keys and values, and the attention heads that share it.
     node.DIM = 256
-    node.NUM_HEADS = 8
+    node.HEADS = 8
     # [[level, rate, rate, ...], ...]: the teacher's cells are aggregated at these rates, one for
     # each group of attention heads. Levels that are not named: (r, r / 2) with r = 16, 8, 4, 2, 1
     # at strides 8 to 128 for a teacher of double resolution, half of that at equal resolution.
@@ -125,7 +125,7 @@ class CSA(ImitationHead):
             teacher_channels=_width("teacher", teacher, levels),
             rates=rates,
             dim=node.DIM,
-            heads=node.NUM_HEADS,
+            heads=node.HEADS,
             local_enhancement=node.LOCAL_ENHANCEMENT,
             positions=node.POSITIONS,
         )
@@ -215,14 +215,14 @@ def read_rates(given: list, strides: Mapping[str, int], scale: float) -> dict[st
 
 def _check_node(node, rates: Mapping[str, tuple[int, ...]]) -> None:
     for level, groups in rates.items():
-        if node.NUM_HEADS < 1 or node.NUM_HEADS % len(groups):
+        if node.HEADS < 1 or node.HEADS % len(groups):
             raise ConfigError(
-                f"KD.CSA.NUM_HEADS is {node.NUM_HEADS}: it must be a multiple of the number of "
+                f"KD.CSA.HEADS is {node.HEADS}: it must be a multiple of the number of "
                 f"rates, and {level} has {len(groups)} (KD.CSA.RATES)"
             )
-    unit = node.NUM_HEADS * (4 if node.POSITIONS else 1)
+    unit = node.HEADS * (4 if node.POSITIONS else 1)
     if node.DIM < 1 or node.DIM % unit:
-        what = "4 * NUM_HEADS, with POSITIONS" if node.POSITIONS else "NUM_HEADS"
+        what = "4 * HEADS, with POSITIONS" if node.POSITIONS else "HEADS"
         raise ConfigError(f"KD.CSA.DIM is {node.DIM}, it must be a multiple of {what} = {unit}")
     if node.IDLE_ITERS < 0:
         raise ConfigError(f"KD.CSA.IDLE_ITERS is {node.IDLE_ITERS}, it must not be negative")
