@@ -129,6 +129,7 @@ def gradients(module) -> dict[str, torch.Tensor]:
     return {
         name.removeprefix("module."): None if p.grad is None else p.grad.clone()
         for name, p in module.named_parameters()
+        if p.requires_grad
     }
 
 

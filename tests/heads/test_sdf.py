@@ -152,33 +152,33 @@ def steps(head, iterations, seed=0):
 def test_the_average_counts_every_optimizer_step_once():
     """Two batches an iteration are one step; the average lags by the step that has yet to come."""
     head = build(EMA_DECAY=0.75, WEIGHT=1.0).train()
-    assert {n for n, _ in head.targets.named_buffers()} == {
+    assert {n for n, _ in head.targets.named_parameters()} == {
         n for n, _ in head.decouplers.named_parameters()
     }
-    assert not list(head.targets.parameters())
+    assert not any(p.requires_grad for p in head.targets.parameters())
     expected = {k: p.detach().clone() for k, p in head.decouplers.named_parameters()}
-    first = {k: v.clone() for k, v in head.targets.named_buffers()}
+    first = {k: v.clone() for k, v in head.targets.named_parameters()}
     assert all(torch.equal(first[k], v) for k, v in expected.items())
     states = steps(head, [(0, 2), (1, 1), (2, 3), (3, 2)])
     for state in states[:-1]:
         expected = {k: 0.75 * v + 0.25 * state[k] for k, v in expected.items()}
     assert any("norm" in name for name in expected)
-    for name, value in head.targets.named_buffers():
+    for name, value in head.targets.named_parameters():
         assert not torch.equal(value, first[name]), name
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
     head.eval()
-    before = {k: v.clone() for k, v in head.targets.named_buffers()}
+    before = {k: v.clone() for k, v in head.targets.named_parameters()}
     ctx = make_context(**RAGGED)
     ctx.iteration = 9
     head(ctx)
-    assert all(torch.equal(v, before[k]) for k, v in head.targets.named_buffers())
+    assert all(torch.equal(v, before[k]) for k, v in head.targets.named_parameters())
 
 
 def test_a_frozen_target_stays_and_a_shared_one_is_the_module_itself():
     frozen = build(TEACHER_SDF="frozen", WEIGHT=1.0).train()
-    before = {k: v.clone() for k, v in frozen.targets.named_buffers()}
+    before = {k: v.clone() for k, v in frozen.targets.named_parameters()}
     states = steps(frozen, [(0, 1), (1, 1)])
-    assert all(torch.equal(v, before[k]) for k, v in frozen.targets.named_buffers())
+    assert all(torch.equal(v, before[k]) for k, v in frozen.targets.named_parameters())
     assert not torch.equal(states[-1]["res5.middle.weight"], before["res5.middle.weight"])
     shared = build(TEACHER_SDF="shared", WEIGHT=1.0).train()
     assert shared.targets is None and not any("target" in name for name in shared.state_dict())
@@ -193,8 +193,8 @@ def test_a_frozen_target_stays_and_a_shared_one_is_the_module_itself():
 def test_no_gradient_through_the_teachers_side(mode):
     """With equal features on both sides all that differs is the gradient: the student's alone."""
     head = build(TEACHER_SDF=mode, WEIGHT=1.0, LEVELS=("res3",))
-    for buffer in head.targets.buffers() if head.targets is not None else ():
-        buffer.mul_(1.1)
+    for parameter in head.targets.parameters() if head.targets is not None else ():
+        parameter.mul_(1.1)
     ctx = make_context(**RAGGED)
     head(ctx)["loss_kd_sdf"].backward()
     found = {n: p.grad.clone() for n, p in head.decouplers.named_parameters()}

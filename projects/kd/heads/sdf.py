@@ -166,8 +166,10 @@ class SDF(ImitationHead):
         self.strides = dict(strides)
         self.teacher_sdf = teacher_sdf
         self.ema_decay = ema_decay
-        # buffers, not parameters: saved and broadcast, but in no optimizer
-        self.targets = None if teacher_sdf == "shared" else _as_buffers(decouplers)
+        # parameters in no optimizer: saved, and made equal on all processes when training starts
+        self.targets = None
+        if teacher_sdf != "shared":
+            self.targets = copy.deepcopy(decouplers).requires_grad_(False)
         # at the first logged step; below 0 = none yet
         self.register_buffer("first_spread", torch.full((), -1.0))
         self._averaged_at: int | None = None
@@ -251,11 +253,8 @@ class SDF(ImitationHead):
         if not self.training or self.teacher_sdf != "ema" or self._averaged_at == iteration:
             return
         self._averaged_at = iteration
-        own = dict(self.decouplers.named_parameters())
-        averages = dict(self.targets.named_buffers())
-        torch._foreach_lerp_(
-            list(averages.values()), [own[name] for name in averages], 1.0 - self.ema_decay
-        )
+        averages, own = list(self.targets.parameters()), list(self.decouplers.parameters())
+        torch._foreach_lerp_(averages, own, 1.0 - self.ema_decay)
 
     def _watch(self, ctx: DistillContext, value: torch.Tensor) -> None:
         """Log the target's spread and say once if it is lost; only in steps that log."""
@@ -272,16 +271,6 @@ class SDF(ImitationHead):
                 value,
                 first,
             )
-
-
-def _as_buffers(modules: nn.ModuleDict) -> nn.ModuleDict:
-    """A copy of modules whose parameters are buffers of the same names."""
-    result = copy.deepcopy(modules)
-    for module in result.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            delattr(module, name)
-            module.register_buffer(name, parameter.detach())
-    return result
 
 
 def _check_node(node) -> None:
