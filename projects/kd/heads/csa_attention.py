@@ -25,9 +25,11 @@ class CrossScaleAttention(nn.Module):
 
     MSC aggregates the teacher's cells at the rate of the attention head's group: depth-wise r x r
     convolution of stride r, 1x1 convolution, layer norm, GELU; nothing at rate 1. P is a depth-wise
-    3x3 convolution. Source: Shunted Transformer, from which the paper takes the block. Ours: MSC is
-    depth-wise (a full 16x16 convolution has 16.8 M weights), W^Q, W^O and P are shared by levels
-    while MSC, W^K and W^V belong to a level and group, as they depend on its rate; W^O starts at 0.
+    3x3 convolution. Source: Shunted Transformer, from which the paper takes the block. A review's
+    prose has Q and K of the teacher; its equations are the ones above, and only they give an output
+    on the student's grid for any teacher resolution. Ours: MSC is depth-wise (a full 16x16
+    convolution has 16.8 M weights), W^Q, W^O and P are shared by levels while MSC, W^K and W^V
+    belong to a level and group, as they depend on its rate; W^O starts at 0.
 
     Args:
         student_channels, teacher_channels: C and Ct.
