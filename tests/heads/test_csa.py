@@ -174,6 +174,19 @@ def test_at_its_start_the_assistant_says_what_the_student_says(arch, tmp_path):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+def test_in_mixed_precision_its_head_rounds_as_the_students_does(arch, tmp_path):
+    """In fp32 it would differ from the student by rounding before it has learned anything."""
+    model = wrapper(tmp_path, arch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = kd_models.losses_at(model, kd_models.make_batch(), 50)
+    sum(losses.values()).backward()
+    for key, loss in losses.items():
+        if key.startswith("loss_kd"):
+            assert loss.dtype == torch.float32 and loss.item() == pytest.approx(0, abs=1e-6)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_running_statistics_and_normalisers_are_the_students_alone(arch, tmp_path):
     """A step with an assistant leaves every buffer as a step without one does."""
     norm = {"MODEL__RETINANET__NORM": "BN", "MODEL__ROI_BOX_HEAD__NORM": "BN"}

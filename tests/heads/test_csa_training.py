@@ -172,6 +172,23 @@ def test_resume_keeps_both_optimizers(teacher, tmp_path):
             )
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_both_parts_of_scalekd_train_together(scale, teacher, tmp_path):
+    """SDF in the student's optimizer, the assistant in its own; images of both sizes from files."""
+    overrides = {"KD__SDF__EMBED_DIM": 8, "KD__TEACHER__INPUT_SCALE": scale, "SOLVER__MAX_ITER": 3}
+    trainer = trained(config(teacher, tmp_path, ("SDF", "CSA"), **overrides))
+    sdf, csa = (
+        {p for group in trainer.optimizations[name].optimizer.param_groups for p in group["params"]}
+        for name in ("student", "CSA")
+    )
+    heads = trainer._unwrapped.heads
+    assert csa == set(heads["CSA"].parameters())
+    assert {p for p in heads["SDF"].parameters() if p.requires_grad} < sdf
+    latest = trainer.storage.latest()
+    for key in ("loss_kd_sdf", "loss_kd_csa_cls", "loss_kd_csa_box", "loss_aux_csa_cls"):
+        assert latest[key][0] >= 0
+
+
 def test_the_checkpoints_student_is_the_plain_one(teacher, tmp_path):
     """The same parameters, none of the assistant's; stock detectron2 loads it."""
     trained(config(teacher, tmp_path))
