@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -9,7 +10,11 @@ from types import SimpleNamespace
 import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import RetinaNet
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
@@ -62,6 +67,43 @@ class ToyDetector(nn.Module):
             strides=list(strides.values()),
             offset=0.0,
         )
+
+
+def toy_retinanet(channels: int = CHANNELS, seed: int = 0) -> RetinaNet:
+    """detectron2's RetinaNet with the levels, anchors and classes of :class:`ToyDetector`.
+
+    It has no layers below its head, whose kernels look at a cell alone, so that what lies in padded
+    cells stays there.
+    """
+    toy = ToyDetector(channels)
+    torch.manual_seed(seed)
+    anchors = toy.anchor_generator.num_cell_anchors[0]
+    classes = DENSE_CHANNELS // anchors
+    head = RetinaNetHead(
+        input_shape=list(toy.backbone.output_shape().values()),
+        num_classes=classes,
+        num_anchors=anchors,
+        conv_dims=[channels],
+    )
+    for name, parameter in head.named_parameters():
+        if name.endswith("weight"):
+            centre = torch.zeros(3, 3)
+            centre[1, 1] = 1.0
+            parameter.data.normal_(std=0.5).mul_(centre)
+        elif name.startswith("cls_score"):
+            parameter.data.fill_(-1.0)
+    model = RetinaNet(
+        backbone=toy.backbone,
+        head=head,
+        head_in_features=list(STRIDES),
+        anchor_generator=toy.anchor_generator,
+        box2box_transform=Box2BoxTransform((1.0, 1.0, 1.0, 1.0)),
+        anchor_matcher=Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True),
+        num_classes=classes,
+        pixel_mean=(0.0, 0.0, 0.0),
+        pixel_std=(1.0, 1.0, 1.0),
+    )
+    return model.train()
 
 
 def stage(level: str) -> str:
@@ -172,7 +214,8 @@ def leaves(ctx: DistillContext) -> SimpleNamespace:
     """The context's tensors: per side a list of (level, tensor), features and dense outputs."""
 
     def side(features, outputs):
-        return [*features.items(), *zip(features, outputs["dense"][0], strict=True)]
+        dense = (zip(features, part, strict=True) for part in outputs["dense"])
+        return [*features.items(), *itertools.chain.from_iterable(dense)]
 
     return SimpleNamespace(
         student=side(ctx.student_features, ctx.student_outputs),

@@ -16,8 +16,8 @@ CONFIGS = sorted(
     if path.parent.name != "suites"  # lists of runs for tools/compare.py
 )
 RUNNABLE = [name for name in CONFIGS if not Path(name).name.startswith("Base-")]
-# compared in files of their own: test_icd_configs.py, test_sdf_configs.py
-ELSEWHERE = ("_icd", "_sdf", "_hires", "_400")
+# compared in files of their own: test_icd_configs.py, test_sdf_configs.py, test_csa_configs.py
+ELSEWHERE = ("_icd", "_sdf", "_hires", "_400", "_csa", "_output_kd")
 COCO = [
     name
     for name in RUNNABLE

@@ -63,6 +63,9 @@ _SDF = Recipe(
     PRESETS["balanced"][0],
     "this project, as the reduction that ScaleKD's goes with is not known (KD.SDF.PRESET)",
 )
+_PREDICTIONS = Recipe(
+    1.0, "this project, as the form of the published terms is not known (PRESET balanced)"
+)
 _ICD_SOURCE = "Kang et al., NeurIPS 2021"
 # element-wise, as in all configs of ICD's authors
 _CLIP = ("SOLVER.CLIP_GRADIENTS.ENABLED", True)
@@ -78,6 +81,10 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     ("ICD", TWO_STAGE): Recipe(3.0, _ICD_SOURCE, keys={"MAX_QUERIES": 100}, overrides=_CLIP),
     ("SDF", ONE_STAGE): _SDF,
     ("SDF", TWO_STAGE): _SDF,
+    ("OutputKD", ONE_STAGE): _PREDICTIONS,
+    ("OutputKD", TWO_STAGE): _PREDICTIONS,
+    ("CSA", ONE_STAGE): _PREDICTIONS,
+    ("CSA", TWO_STAGE): _PREDICTIONS,
     ("Mimic", ONE_STAGE): _MIMIC,
     ("Mimic", TWO_STAGE): _MIMIC,
 }

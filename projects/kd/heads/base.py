@@ -26,6 +26,7 @@ class ImitationHead(nn.Module):
 
     Class attributes:
         requires: taps that both sides must offer ("features", "dense", ...).
+        requires_student: further taps of the student alone.
         supports: student meta-archs it is limited to; () = every one that offers ``requires``.
         needs_boxes: the head reads ground-truth boxes.
 
@@ -36,6 +37,7 @@ class ImitationHead(nn.Module):
     """
 
     requires: frozenset[str] = frozenset({"features"})
+    requires_student: frozenset[str] = frozenset()
     supports: tuple[str, ...] = ()
     needs_boxes: bool = False
 
