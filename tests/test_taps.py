@@ -7,6 +7,7 @@ import weakref
 import kd_models
 import pytest
 import torch
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -155,6 +156,10 @@ def test_class_keys_of_detectron2():
 def _tensors(value):
     if isinstance(value, torch.Tensor):
         yield value
+    elif isinstance(value, Boxes):
+        yield value.tensor
+    elif isinstance(value, Instances):
+        yield from _tensors(value.get_fields())
     elif isinstance(value, dict):
         for item in value.values():
             yield from _tensors(item)
