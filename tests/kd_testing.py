@@ -1,4 +1,4 @@
-"""What tests of losses and imitation heads share: waves, toy detectors, contexts, counted bytes."""
+"""What tests of losses and imitation heads share: waves, toy detectors, contexts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes, Instances
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from projects.kd import DistillContext, ModelInfo, add_kd_config, register_class_key
 
@@ -35,22 +34,6 @@ def random_boxes(count, height, width, generator, smallest=4.0, dtype=torch.floa
     )
     corner = torch.rand(count, 2, generator=generator, dtype=torch.float64) * (side - shape)
     return torch.cat([corner, corner + shape], dim=1).to(dtype)
-
-
-def peak_bytes(function) -> int:
-    """Largest sum of tensor bytes alive at a time among those that ``function`` allocates."""
-    activities = [ProfilerActivity.CPU]
-    with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
-        function()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted(
-        ((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"), key=lambda x: x[0]
-    )
-    alive = peak = 0
-    for _, change in changes:
-        alive += change
-        peak = max(peak, alive)
-    return peak
 
 
 class ToyDetector(nn.Module):

@@ -19,7 +19,6 @@ from kd_testing import (
     head_cfg,
     instances,
     make_context,
-    peak_bytes,
     random_boxes,
     toy_info,
 )
@@ -31,6 +30,7 @@ from projects.kd.errors import ConfigError, DataError
 from projects.kd.functional.icd import value_distance
 from projects.kd.heads.icd import ICD
 from projects.kd.heads.icd_decoder import Cells, project
+from projects.kd.measure import peak_bytes
 
 STUDENT, TEACHER = CHANNELS, CHANNELS + 4
 SMALL = {"PRIORS": "uniform", "DIM": 16, "HEADS": 4, "FFN_DIM": 32, "DETACH_ITERS": 0}
