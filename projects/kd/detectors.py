@@ -14,10 +14,19 @@ _SHARED = {"features": TapSpec("backbone"), "bottom_up": TapSpec("backbone.botto
 # DenseDetector is the base class of RetinaNet and FCOS. ``dense`` gives, per kind of prediction
 # (class logits, box deltas, ...), a list over levels of (N, A * K, H, W).
 register_taps("DenseDetector", **_SHARED, dense=TapSpec("head", run=_run_dense_head))
-register_taps("GeneralizedRCNN", **_SHARED)
+# ``sampled_proposals`` and what follows are there in the student's training step only: class-specific
+# mask logits (R, K, h, w) and keypoint heatmaps (R, points, h, w) of its foreground proposals.
+register_taps(
+    "GeneralizedRCNN",
+    **_SHARED,
+    sampled_proposals=TapSpec("roi_heads", select=lambda outputs: outputs[0]),
+    mask_logits=TapSpec("roi_heads.mask_head.predictor"),
+    keypoint_logits=TapSpec("roi_heads.keypoint_head.score_lowres"),
+)
 
 register_class_key("RetinaNet", "MODEL.RETINANET.NUM_CLASSES")
 register_class_key("GeneralizedRCNN", "MODEL.ROI_HEADS.NUM_CLASSES")
+register_class_key("PanopticFPN", "MODEL.ROI_HEADS.NUM_CLASSES")
 
 # FCOS has one square of one stride a location, whose best IoU only marks the coarsest level; ATSS
 # and GFL place squares of eight strides.

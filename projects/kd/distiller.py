@@ -71,7 +71,8 @@ class DistillMetaArch(nn.Module):
         self.image_format = image_format
         self.log_period = log_period
         needed = {"features"}.union(*(head.requires for head in heads.values()))
-        specs = {name: spec for name, spec in taps_for(student).items() if name in needed}
+        ours = needed.union(*(head.requires_student for head in heads.values()))
+        specs = {name: spec for name, spec in taps_for(student).items() if name in ours}
         self._taps = FeatureTaps(student, specs)
         teacher.tap(needed, compile_teacher)
         self.teacher_scale = teacher_scale
