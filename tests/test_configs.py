@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,13 @@ CONFIGS = sorted(
 )
 RUNNABLE = [name for name in CONFIGS if not Path(name).name.startswith("Base-")]
 # those of ICD, which clip gradients, are compared in test_icd_configs.py
-COCO = [name for name in RUNNABLE if name.startswith("COCO-Detection/") and "_icd" not in name]
+# those of other detectors, backbones and pairs in test_detector_configs.py
+COCO = [
+    name
+    for name in RUNNABLE
+    if re.match(r"COCO-Detection/(retinanet|faster_rcnn)_R\d+_FPN_(from_R101_|1x)", name)
+    and "_icd" not in name
+]
 ZOO = "model_zoo://COCO-Detection/"
 
 
@@ -46,7 +53,7 @@ def test_builds_with_its_teacher_and_heads(name):
     cfg = load(name)
     cfg.MODEL.DEVICE = "meta"
     cfg.KD.TEACHER.WEIGHTS = ""
-    cfg.MODEL.TIMM.WEIGHTS = ""
+    cfg.MODEL.TIMM.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED = "", False
     cfg.KD.TEACHER.OPTS = ["MODEL.WEIGHTS", "", "MODEL.TIMM.WEIGHTS", ""]
     cfg.KD.TEACHER.ALLOW_MISSING = True
     with torch.device("meta"):

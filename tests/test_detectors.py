@@ -11,7 +11,7 @@ from kd_detectors import DETECTORS, detector_cfg, detector_distill_cfg, full_bat
 from kd_models import build_wrapper, losses_at, train_steps, write_teacher
 
 from projects.kd import student_of
-from projects.kd.engine.checkpoint import DistillCheckpointer
+from projects.kd.engine.checkpoint import DistillCheckpointer, Heads
 from projects.kd.heads import IMITATION_HEAD_REGISTRY
 from projects.kd.support import feature_heads
 
@@ -40,6 +40,14 @@ def teachers(tmp_path_factory):
         return made[name]
 
     return get
+
+
+def save(model, folder) -> None:
+    """``student.pth``, as the training loop writes it."""
+    checkpointer = DistillCheckpointer(
+        student_of(model), str(folder), distill=Heads(model.heads)
+    )
+    checkpointer.save("student")
 
 
 def same_outputs(expected, found) -> int:
@@ -74,7 +82,7 @@ def test_trains_with_all_feature_heads_and_deploys(name, teachers, tmp_path):
     after = student_of(model).state_dict()
     assert any(not torch.equal(before[k], v) for k, v in after.items() if "backbone" in k)
 
-    DistillCheckpointer(model, str(tmp_path)).save("student")
+    save(model, tmp_path)
     plain = build_model(detector_cfg(name))
     saved = torch.load(tmp_path / "student.pth", weights_only=True)["model"]
     assert saved.keys() == plain.state_dict().keys()
@@ -88,7 +96,7 @@ def test_trains_with_all_feature_heads_and_deploys(name, teachers, tmp_path):
 def test_fcos_deploys_in_detectron2s_own_class(teachers, tmp_path):
     model = build_wrapper(detector_distill_cfg("FCOS", teachers("FCOS"), ("CWD",)))
     train_steps(model, full_batch(), steps=1, lr=1e-3)
-    DistillCheckpointer(model, str(tmp_path)).save("student")
+    save(model, tmp_path)
     outline = build_model(detector_cfg("FCOS"))
     stock = stock_fcos.FCOS(
         backbone=outline.backbone,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from detectron2.structures import Boxes
+from detectron2.utils.events import EventStorage
 from kd_detectors import detector_cfg, detector_distill_cfg, full_batch
 from kd_models import build_wrapper, losses_at, write_teacher
 
@@ -23,8 +24,6 @@ def wrapper(tmp_path, target, name, teacher=None, **overrides):
 
 
 def observe(model, batch):
-    from detectron2.utils.events import EventStorage
-
     with EventStorage(0):
         return model.observe(batch)
 

@@ -10,6 +10,7 @@ from detectron2.modeling.roi_heads.roi_heads import (
     select_proposals_with_visible_keypoints,
 )
 from detectron2.structures import Boxes
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..adapters import align_spatial
@@ -101,7 +102,10 @@ class RoiMaps:
         """Per image the proposals that the student's branch was run on, in its order."""
         proposals = ctx.student_outputs["sampled_proposals"]
         found, _ = select_foreground_proposals(proposals, ctx.student.roi_heads.num_classes)
-        return select_proposals_with_visible_keypoints(found) if self.kind == "keypoints" else found
+        if self.kind != "keypoints":
+            return found
+        with EventStorage():  # it logs, as it has done for the student already
+            return select_proposals_with_visible_keypoints(found)
 
     @torch.no_grad()
     def _teacher(self, ctx: DistillContext, regions) -> torch.Tensor:
