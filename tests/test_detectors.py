@@ -44,9 +44,7 @@ def teachers(tmp_path_factory):
 
 def save(model, folder) -> None:
     """``student.pth``, as the training loop writes it."""
-    checkpointer = DistillCheckpointer(
-        student_of(model), str(folder), distill=Heads(model.heads)
-    )
+    checkpointer = DistillCheckpointer(student_of(model), str(folder), distill=Heads(model.heads))
     checkpointer.save("student")
 
 
@@ -136,7 +134,9 @@ def test_families_are_paired_by_stride_and_by_what_made_the_level(
 def test_a_cascade_stage_may_have_no_proposal(teachers):
     """No object and boxes outside of the image leave the last stages empty."""
     model = build_wrapper(
-        detector_distill_cfg("Cascade Mask R-CNN", teachers("Cascade Mask R-CNN"), ("CWD", "ICD"), **SMALL)
+        detector_distill_cfg(
+            "Cascade Mask R-CNN", teachers("Cascade Mask R-CNN"), ("CWD", "ICD"), **SMALL
+        )
     )
     model.student.roi_heads.box_predictor[0].box2box_transform.scale_clamp = -20.0
     losses = losses_at(model, full_batch(boxes=0))

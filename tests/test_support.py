@@ -53,6 +53,8 @@ def test_pairs_of_two_families():
 
 
 def test_markers_are_needed():
-    assert between_markers(f"a\n{BEGIN}\nold\n{END}\nb\n", "new\n") == f"a\n{BEGIN}\nnew\n{END}\nb\n"
+    assert (
+        between_markers(f"a\n{BEGIN}\nold\n{END}\nb\n", "new\n") == f"a\n{BEGIN}\nnew\n{END}\nb\n"
+    )
     with pytest.raises(ConfigError, match="no lines"):
         between_markers("nothing", "new\n")

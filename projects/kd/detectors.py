@@ -14,8 +14,8 @@ _SHARED = {"features": TapSpec("backbone"), "bottom_up": TapSpec("backbone.botto
 # DenseDetector is the base class of RetinaNet and FCOS. ``dense`` gives, per kind of prediction
 # (class logits, box deltas, ...), a list over levels of (N, A * K, H, W).
 register_taps("DenseDetector", **_SHARED, dense=TapSpec("head", run=_run_dense_head))
-# ``sampled_proposals`` and what follows are there in the student's training step only: class-specific
-# mask logits (R, K, h, w) and keypoint heatmaps (R, points, h, w) of its foreground proposals.
+# The last three are there in the student's training step only: ``mask_logits`` (R, K, h, w) and
+# ``keypoint_logits`` (R, points, h, w) are those of its foreground proposals.
 register_taps(
     "GeneralizedRCNN",
     **_SHARED,

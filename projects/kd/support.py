@@ -113,7 +113,7 @@ def between_markers(text: str, table: str) -> str:
     if BEGIN not in text or END not in text:
         raise ConfigError(f"the document has no lines '{BEGIN}' and '{END}'")
     before, rest = text.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{table}{rest[rest.index(END):]}"
+    return f"{before}{BEGIN}\n{table}{rest[rest.index(END) :]}"
 
 
 def shapes_detectors(root: str, labels: Iterable[tuple[str, str]]) -> dict[str, tuple[str, str]]:

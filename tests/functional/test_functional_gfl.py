@@ -88,9 +88,7 @@ def test_gradients():
 
 def grid(side, stride, size=64):
     """Square anchors of a side around the multiples of a stride."""
-    y, x = torch.meshgrid(
-        *(torch.arange(0, size, stride, dtype=torch.float32),) * 2, indexing="ij"
-    )
+    y, x = torch.meshgrid(*(torch.arange(0, size, stride, dtype=torch.float32),) * 2, indexing="ij")
     centre = torch.stack([x.flatten(), y.flatten()], 1)
     return torch.cat([centre - side / 2, centre + side / 2], 1)
 

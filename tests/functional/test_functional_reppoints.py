@@ -86,9 +86,7 @@ def test_of_two_boxes_at_one_point_the_nearer_in_its_own_size_wins():
     """Centres (25, 24) and (22, 24): 1 / 40 and 2 / 40 of the sides."""
     centres, strides = locations()
     boxes = torch.tensor([[2.0, 4, 42, 44], [5, 4, 45, 44]])
-    assert found(nearest_point(centres, strides, boxes), centres, strides) == {
-        (8.0, 24.0, 24.0): 1
-    }
+    assert found(nearest_point(centres, strides, boxes), centres, strides) == {(8.0, 24.0, 24.0): 1}
 
 
 def test_assignment_by_iou_by_hand():

@@ -44,7 +44,9 @@ def test_losses_and_detections_equal_detectron2s_class(tiny):
         pairs = zip(twin.eval()(batch), tiny.eval()(batch), strict=True)
     for theirs, ours in pairs:
         assert len(ours["instances"]) > 0
-        assert torch.equal(ours["instances"].pred_boxes.tensor, theirs["instances"].pred_boxes.tensor)
+        assert torch.equal(
+            ours["instances"].pred_boxes.tensor, theirs["instances"].pred_boxes.tensor
+        )
         assert torch.equal(ours["instances"].scores, theirs["instances"].scores)
 
 

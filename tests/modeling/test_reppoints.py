@@ -101,7 +101,9 @@ def test_points_at_the_kernels_taps_are_an_ordinary_convolution():
         head.cls_subnet(feature), head.cls_deform.weight, padding=1
     ).relu()
     torch.testing.assert_close(logits[0], head.cls_score(plain), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(first[0], head.kernel.flatten()[None, :, None, None].expand_as(first[0]))
+    torch.testing.assert_close(
+        first[0], head.kernel.flatten()[None, :, None, None].expand_as(first[0])
+    )
 
 
 def test_refined_points_pass_a_tenth_of_the_gradient_to_the_first():

@@ -40,8 +40,8 @@ class CWD(ImitationHead):
         target: "features" (FPN outputs) or "dense": the classification logits of a one-stage head,
             (N, A * K, H, W) a level, before the sigmoid. Both detectors need the same anchors and
             classes in the same order; of these only A * K can be checked.
-            "masks" or "keypoints": see :class:`RoiMaps`. With ``tau`` 1 the latter is the divergence
-            of the distributions that Keypoint R-CNN's own loss is about.
+            "masks" or "keypoints": see :class:`RoiMaps`. With ``tau`` 1 the latter compares the
+            distributions that Keypoint R-CNN's own loss is about.
         dense_index: level to the place of its logits in the student's and the teacher's list.
         roi: reader of masks or keypoints.
         **base: see :class:`ImitationHead`.

@@ -235,7 +235,9 @@ class GFL(DenseDetector):
         centres, strides = points_of(near)
         sides = boxes_to_sides(centres, truth) / strides[:, None]
         dfl = distribution_focal_loss(found.view(-1, self.reg_max + 1), sides.flatten())
-        positives, total = mean_over_ranks(torch.stack([weight.new_tensor(len(where)), weight.sum()]))
+        positives, total = mean_over_ranks(
+            torch.stack([weight.new_tensor(len(where)), weight.sum()])
+        )
         storage = get_event_storage()
         storage.put_scalar("num_pos_anchors", len(where) * len(everything) / len(labels))
         total = total.clamp(min=1.0)
