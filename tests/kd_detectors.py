@@ -89,9 +89,9 @@ def detector_distill_cfg(name: str, teacher: tuple[str, str], heads, **overrides
     return distill_cfg(teacher, base, heads, **{**changes, **overrides})
 
 
-def full_batch(sizes=((64, 96), (96, 64)), boxes: int = 2, seed: int = 0) -> list[dict]:
+def full_batch(sizes=((64, 96), (96, 64)), boxes: int = 2, seed: int = 0, **options) -> list[dict]:
     """``make_batch`` with masks (the boxes as polygons), keypoints and a semantic map."""
-    batch = make_batch(sizes, boxes, seed)
+    batch = make_batch(sizes, boxes, seed, **options)
     for example in batch:
         instances = example["instances"]
         polygons, points = [], []

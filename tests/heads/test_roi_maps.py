@@ -87,6 +87,21 @@ def test_without_objects_the_loss_is_zero_and_keeps_its_graph(tmp_path, target, 
             assert parameter.grad is not None and parameter.grad.isfinite().all(), key
 
 
+def test_a_teacher_that_sees_twice_the_size_pools_from_boxes_of_twice_the_size(tmp_path):
+    model = wrapper(tmp_path, "masks", "Mask R-CNN", KD__TEACHER__INPUT_SCALE=2.0)
+    ctx, _ = observe(model, full_batch(teacher_scale=2.0))
+    roi = model.heads["CWD"].roi
+    regions = roi.regions(ctx)
+    heads = model.teacher.model.roi_heads
+    features = [ctx.teacher_features[f] for f in heads.mask_in_features]
+    boxes = [Boxes(2 * x.proposal_boxes.tensor) for x in regions]
+    logits = heads.mask_head.layers(heads.mask_pooler(features, boxes))
+    classes = torch.cat([x.gt_classes for x in regions])
+    expected = logits[torch.arange(len(classes)), classes][:, None]
+    assert ctx.teacher_features["p2"].shape[-1] == 2 * ctx.student_features["p2"].shape[-1]
+    torch.testing.assert_close(roi.read(ctx)[1], expected)
+
+
 def test_a_student_equal_to_its_teacher_costs_nothing(tmp_path):
     for target, name in (CASES[0], CASES[-1]):
         (tmp_path / target).mkdir()
