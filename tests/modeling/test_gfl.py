@@ -74,6 +74,18 @@ def test_without_objects_every_parameter_keeps_a_gradient(tiny):
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
+def test_half_precision():
+    """A step under autocast costs what the one in fp32 costs, up to bfloat16's rounding."""
+    model = build(detector_cfg("GFL")).train()
+    batch = make_batch()
+    exact = losses_at(model, batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = losses_at(model, batch)
+    sum(rounded.values()).backward()
+    for key, loss in exact.items():
+        assert rounded[key].item() == pytest.approx(loss.item(), rel=0.2), key
+
+
 def test_it_learns_one_batch(tiny):
     model = tiny
     assert overfit(model, make_batch(), steps=120) > 0.7

@@ -73,13 +73,13 @@ class RepPointsHead(nn.Module):
         as (y, x) pairs in strides from the location."""
         logits, first, refined = [], [], []
         for feature in features:
-            tower = self.bbox_subnet(feature)
+            tower, classes = self.bbox_subnet(feature), self.cls_subnet(feature)
             points = self.points_init(tower)
             steered = torch.lerp(points.detach(), points, self.gradient_mul)
             # in fp32: torchvision wants all its inputs in one type
             offset = steered.float() - self.kernel
             with torch.autocast(feature.device.type, enabled=False):
-                classes = self.cls_deform(self.cls_subnet(feature).float(), offset).relu()
+                classes = self.cls_deform(classes.float(), offset).relu()
                 around = self.points_deform(tower.float(), offset).relu()
             logits.append(self.cls_score(classes))
             first.append(points)
