@@ -92,4 +92,5 @@ def test_user_errors(demo, photos, tmp_path):
     with pytest.raises(DataError, match="--video"):
         demo.main(demo.parse_arguments([*common, "--video", str(photos / "notes.txt")]))
     with pytest.raises(ConfigError, match="MODEL.WEIGHTS is empty"):
-        demo.main(demo.parse_arguments([*common, "--input", str(photos), "MODEL.WEIGHTS", ""]))
+        own = ["--input", str(photos), *common, "MODEL.WEIGHTS", ""]
+        demo.main(demo.parse_arguments(own))
