@@ -17,13 +17,14 @@ CONFIGS = sorted(
     if path.parent.name != "suites"  # lists of runs for tools/compare.py
 )
 RUNNABLE = [name for name in CONFIGS if not Path(name).name.startswith("Base-")]
-# those of ICD, which clip gradients, are compared in test_icd_configs.py
-# those of other detectors, backbones and pairs in test_detector_configs.py
+# compared in files of their own: test_icd_configs.py, test_sdf_configs.py, test_csa_configs.py
+ELSEWHERE = ("_icd", "_sdf", "_hires", "_400", "_csa", "_output_kd")
+# further detectors, backbones and pairs: test_detector_configs.py
 COCO = [
     name
     for name in RUNNABLE
     if re.match(r"COCO-Detection/(retinanet|faster_rcnn)_R\d+_FPN_(from_R101_|1x)", name)
-    and "_icd" not in name
+    and not any(part in name for part in ELSEWHERE)
 ]
 ZOO = "model_zoo://COCO-Detection/"
 

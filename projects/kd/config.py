@@ -20,6 +20,9 @@ from .errors import ConfigError
 from .files import MODEL_ZOO_PREFIX, is_zoo_config, resolve_config
 
 INHERIT = -2  # a head's START_ITER / WARMUP_ITERS / END_ITER: take the common KD.* value
+# a head's START_ITER, WARMUP_ITERS: the published warm-up, 30000 and 1000 of 90000 iterations, in
+# proportion to SOLVER.MAX_ITER
+PROPORTIONAL = -3
 
 _CONFIG_HOOKS: list[Callable[[CN], None]] = []
 

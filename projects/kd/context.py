@@ -109,14 +109,32 @@ class DistillContext:
         """Whether :meth:`teacher_valid_mask` is False anywhere; costs no transfer."""
         return _any_padding(*self._teacher_grid(level))
 
+    def padding_mask(self, side: str, feature: torch.Tensor, stride: int) -> torch.Tensor | None:
+        """:meth:`valid_mask` for any map of a batch, such as a backbone stage.
+
+        Args:
+            side: "student" or "teacher".
+            feature: (N, C, H, W) of that side, only size and device matter.
+            stride: of the map in pixels of that side's input.
+
+        Returns:
+            (N, 1, H, W) bool, None where no cell lies in the padding.
+        """
+        grid = self._sizes(side), feature.shape[-2:], stride
+        return cells_inside(*grid, feature.device) if _any_padding(*grid) else None
+
+    def _sizes(self, side: str) -> list[tuple[int, int]]:
+        if side == "student":
+            return self.image_sizes
+        scaled = [scaled_size(size, self.teacher_scale) for size in self.image_sizes]
+        return self.teacher_image_sizes or scaled
+
     def _student_grid(self, level: str):
         return self.image_sizes, self.student_features[level].shape[-2:], self.strides[level]
 
     def _teacher_grid(self, level: str):
-        sizes = self.teacher_image_sizes
-        sizes = sizes or [scaled_size(size, self.teacher_scale) for size in self.image_sizes]
         stride = (self.teacher_strides or self.strides)[level]
-        return sizes, self.teacher_features[level].shape[-2:], stride
+        return self._sizes("teacher"), self.teacher_features[level].shape[-2:], stride
 
     def _mask(self, side: str, level: str, grid) -> torch.Tensor:
         if (side, level) not in self._masks:

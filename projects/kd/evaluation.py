@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,6 +52,7 @@ def evaluate(
     model,
     dataset_names: Sequence[str] | None = None,
     output_dir: str | None = None,
+    mapper: Callable[[dict], dict] | None = None,
 ) -> OrderedDict:
     """Evaluate a model; progress and the time left are logged.
 
@@ -60,6 +61,7 @@ def evaluate(
         model: called in eval mode with detectron2's batches.
         dataset_names: default: DATASETS.TEST.
         output_dir: predictions are written to its ``inference`` folder; default: OUTPUT_DIR.
+        mapper: data set dict to the model's input; default: detectron2's for INPUT.
 
     Returns:
         ``{task: {metric: value}}`` of one data set, ``{data set: {task: ...}}`` of several; empty
@@ -69,8 +71,8 @@ def evaluate(
     folder = os.path.join(output_dir or cfg.OUTPUT_DIR, "inference")
     results: OrderedDict = OrderedDict()
     for name in names:
-        mapper = NamedErrors(DatasetMapper(cfg, is_train=False))
-        loader = build_detection_test_loader(cfg, name, mapper=mapper)
+        to_input = NamedErrors(mapper or DatasetMapper(cfg, is_train=False))
+        loader = build_detection_test_loader(cfg, name, mapper=to_input)
         own_folder = folder if len(names) == 1 else os.path.join(folder, name)
         evaluator = build_evaluator(cfg, name, own_folder)
         results[name] = inference_on_dataset(model, loader, evaluator) or OrderedDict()

@@ -430,3 +430,15 @@ def test_an_auxiliary_task_is_learned_and_logged(task):
         assert history[:5].mean() < 0.6 < 0.75 < history[-15:].mean()
     else:
         assert history[-15:].mean() < 0.8 * history[:5].mean()
+
+
+def test_accuracy_is_counted_at_the_odds_of_a_real_instance():
+    """One real among five: a probability of 0.3 is an answer "real", though below a half."""
+    ctx = context()
+    ctx.log_scalars = True
+    real = torch.tensor([True, False, False, False, False])
+    logits = torch.tensor([0.3, 0.3, 0.1, 0.1, 0.1]).logit()
+    with EventStorage(0) as storage:
+        build()._log(ctx, logits, real, torch.tensor(4.0), 1)
+        assert storage.latest()["kd/icd_accuracy"][0] == pytest.approx((1 + 3 / 4) / 2)
+        assert storage.latest()["kd/icd_box_error"][0] == 1.0

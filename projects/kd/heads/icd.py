@@ -252,10 +252,11 @@ class ICD(ImitationHead):
         return torch.cat(parts)
 
     def _log(self, ctx, logits, real, error, number: int) -> None:
-        """Accuracy as the mean of that on real and on fake instances (0.5 = guessing)."""
+        """Accuracy: mean of those on real and on fake ones (0.5 = guessing), cut at their odds."""
         if not ctx.log_scalars or not 0 < number < len(real):
             return
-        right = ((logits > 0) == real).float()
+        odds = number / (len(real) - number)
+        right = ((logits > math.log(odds)) == real).float()
         ctx.put_scalar("kd/icd_accuracy", (right[real].mean() + right[~real].mean()) / 2)
         ctx.put_scalar("kd/icd_box_error", error / 4)
 
