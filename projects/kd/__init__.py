@@ -12,6 +12,10 @@ from .data import register as _register  # noqa: F401
 from .distiller import DistillMetaArch, build_training_model, student_of
 from .errors import ConfigError, DataError
 from .heads import IMITATION_HEAD_REGISTRY, ImitationHead, build_adapters
+from .modeling import fcos as _fcos  # noqa: F401
+from .modeling import gfl as _gfl  # noqa: F401
+from .modeling import pyramids as _pyramids  # noqa: F401
+from .modeling import reppoints as _reppoints  # noqa: F401
 from .modeling import timm_fpn as _timm_fpn  # noqa: F401
 from .taps import TapSpec, register_class_key, register_pseudo_anchors, register_taps
 from .teacher import Teacher, build_teacher

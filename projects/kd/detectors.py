@@ -23,14 +23,17 @@ _SHARED = {"features": TapSpec("backbone"), "bottom_up": TapSpec("backbone.botto
 # (class logits, box deltas, ...), a list over levels of (N, A * K, H, W).
 register_taps("DenseDetector", **_SHARED, dense=TapSpec("head", run=_run_dense_head))
 # ``rpn`` gives objectness (N, A, H, W) and deltas (N, A * 4, H, W), both a list over levels;
-# ``box`` class logits (R, K + 1) and deltas (R, K * 4) of the sampled proposals, in their order.
-# ``box`` and ``sampled_proposals`` are there in the student's training step only.
+# ``box`` class logits (R, K + 1) and deltas (R, K * 4) of the sampled proposals, in their order;
+# ``mask_logits`` (R, K, h, w) and ``keypoint_logits`` (R, points, h, w) are those of the foreground
+# ones. All but ``rpn`` are there in the student's training step only.
 register_taps(
     "GeneralizedRCNN",
     **_SHARED,
     rpn=TapSpec("proposal_generator.rpn_head", run=_run_rpn_head),
     box=TapSpec("roi_heads.box_predictor"),
     sampled_proposals=TapSpec("roi_heads", select=lambda outputs: outputs[0]),
+    mask_logits=TapSpec("roi_heads.mask_head.predictor"),
+    keypoint_logits=TapSpec("roi_heads.keypoint_head.score_lowres"),
 )
 
 register_predictor("RetinaNet", RetinaNetPredictor)
@@ -38,6 +41,7 @@ register_predictor("GeneralizedRCNN", RCNNPredictor)
 
 register_class_key("RetinaNet", "MODEL.RETINANET.NUM_CLASSES")
 register_class_key("GeneralizedRCNN", "MODEL.ROI_HEADS.NUM_CLASSES")
+register_class_key("PanopticFPN", "MODEL.ROI_HEADS.NUM_CLASSES")
 
 # FCOS has one square of one stride a location, whose best IoU only marks the coarsest level; ATSS
 # and GFL place squares of eight strides.

@@ -9,6 +9,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+# further columns: task and metric in metrics.json, name of the column
+FURTHER = {
+    "mask AP": ("segm", "AP"),
+    "keypoint AP": ("keypoints", "AP"),
+    "mIoU": ("sem_seg", "mIoU"),
+}
 
 
 def last_metrics(run_dir: str, task: str = "bbox") -> dict[str, float]:
@@ -62,6 +68,17 @@ def summarise(name: str, runs: Sequence[Mapping[str, float]], **facts) -> dict:
     return {**row, **facts}
 
 
+def further_tasks(run_dirs: Sequence[str]) -> dict[str, float]:
+    """Means over runs of what models predict beside boxes; only what there is."""
+    found = {}
+    for column, (task, metric) in FURTHER.items():
+        values = [last_metrics(folder, task).get(metric) for folder in run_dirs]
+        values = [value for value in values if _is_number(value)]
+        if values:
+            found[column] = round(statistics.fmean(values), 3)
+    return found
+
+
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
@@ -69,10 +86,13 @@ def _is_number(value) -> bool:
 def markdown_table(rows: Sequence[Mapping], baseline: str | None = None) -> str:
     """The rows as a markdown table; with ``baseline``, the gain in AP over that row."""
     base = next((row["AP"] for row in rows if row["name"] == baseline), None)
-    header = ["name", *METRICS, "seeds"] + (["gain"] if base is not None else [])
+    further = [column for column in FURTHER if any(column in row for row in rows)]
+    header = ["name", *METRICS, *further, "seeds"] + (["gain"] if base is not None else [])
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
-        cells = [row["name"], *(_cell(row, metric) for metric in METRICS), str(row["seeds"])]
+        cells = [row["name"], *(_cell(row, metric) for metric in METRICS)]
+        cells += [f"{row[column]:.1f}" if column in row else "-" for column in further]
+        cells.append(str(row["seeds"]))
         if base is not None:
             known = row["AP"] is not None and row["name"] != baseline
             cells.append(f"{row['AP'] - base:+.1f}" if known else "")

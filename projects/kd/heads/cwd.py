@@ -11,8 +11,9 @@ from ..errors import ConfigError
 from ..functional.cwd import cwd_loss
 from ..taps import architectures_with
 from .base import IMITATION_HEAD_REGISTRY, ImitationHead, build_adapters
+from .roi_maps import ROI_TARGETS, RoiMaps
 
-TARGETS = ("features", "dense")
+TARGETS = ("features", "dense", *ROI_TARGETS)
 
 
 @register_config
@@ -21,7 +22,8 @@ def add_cwd_config(cfg) -> None:
     cfg.KD.CWD = node = head_node(weight=10.0, mask_padding=False)
     # Temperature of the softmax over positions.
     node.TAU = 1.0
-    # "features" = FPN outputs; "dense" = classification logits of a one-stage head.
+    # "features" = FPN outputs; "dense" = classification logits of a one-stage head; "masks",
+    # "keypoints" = mask logits and keypoint heatmaps of the student's foreground proposals.
     node.TARGET = "features"
 
 
@@ -38,9 +40,14 @@ class CWD(ImitationHead):
         target: "features" (FPN outputs) or "dense": the classification logits of a one-stage head,
             (N, A * K, H, W) a level, before the sigmoid. Both detectors need the same anchors and
             classes in the same order; of these only A * K can be checked.
+            "masks" or "keypoints": see :class:`RoiMaps`. With ``tau`` 1 the latter compares the
+            distributions that Keypoint R-CNN's own loss is about.
         dense_index: level to the place of its logits in the student's and the teacher's list.
+        roi: reader of masks or keypoints.
         **base: see :class:`ImitationHead`.
     """
+
+    targets = TARGETS
 
     def __init__(
         self,
@@ -49,6 +56,7 @@ class CWD(ImitationHead):
         tau: float = 1.0,
         target: str = "features",
         dense_index: dict[str, tuple[int, int]] | None = None,
+        roi: RoiMaps | None = None,
         **base,
     ):
         super().__init__(**base)
@@ -56,8 +64,12 @@ class CWD(ImitationHead):
         self.tau = tau
         self.target = target
         self.dense_index = dense_index
+        self.roi = roi
+        self.needs_boxes = roi is not None
         if target == "dense":
             self.requires = frozenset({"dense"})
+        if roi is not None:
+            self.requires_student = roi.taps
 
     @classmethod
     def from_config(cls, cfg, student, teacher):
@@ -74,6 +86,12 @@ class CWD(ImitationHead):
                 cfg.KD.ADAPTER.TYPE, kwargs["levels"], student, teacher
             )
             return kwargs
+        if node.TARGET in ROI_TARGETS:
+            if node.LEVELS:
+                raise ConfigError(f"KD.CWD.LEVELS: TARGET '{node.TARGET}' has no levels; use ()")
+            scale = cfg.KD.TEACHER.INPUT_SCALE
+            roi = RoiMaps.build(node.TARGET, student, teacher, "KD.CWD.TARGET", scale)
+            return {**kwargs, "roi": roi, "levels": []}
         for side, info in (("student", student), ("teacher", teacher)):
             if "dense" not in info.taps:
                 raise ConfigError(
@@ -84,7 +102,12 @@ class CWD(ImitationHead):
         return kwargs
 
     def forward(self, ctx: DistillContext) -> dict[str, torch.Tensor]:
-        """``loss_kd_cwd``: weight * sum over levels of the divergence."""
+        """``loss_kd_cwd``: weight * sum over levels (or mean over regions) of the divergence."""
+        if self.roi is not None:
+            student, teacher = self.roi.read(ctx)
+            # without regions the mean is one over nothing
+            loss = cwd_loss(student, teacher, self.tau) if len(student) else student.sum()
+            return {"loss_kd_cwd": self.weight * loss}
         read = self._logits if self.target == "dense" else self._features
         return {
             "loss_kd_cwd": self.weight
