@@ -81,8 +81,10 @@ def _check_files(key: str, dataset: str) -> None:
     file = metadata.get("json_file")
     if file and "://" not in file and not metadata.get("made_on_first_use", False):
         if not os.path.isfile(file):
+            how = metadata.get("made_by", "")
+            how = f"make it with {how}" if how else "put it there"
             raise ConfigError(
-                f"{key}: data set '{dataset}' needs the file '{file}'; put it there, or set the "
+                f"{key}: data set '{dataset}' needs the file '{file}'; {how}, or set the "
                 "environment variable DETECTRON2_DATASETS (datasets/README.md)"
             )
 
