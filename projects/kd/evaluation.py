@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,6 +45,18 @@ DEFAULT_OKS_SIGMA = 0.067
 FASTER_SERIES = "1.8."
 
 logger = logging.getLogger(__name__)
+
+_BUILDERS: dict[str, Callable] = {}
+
+
+def register_evaluator(kind: str) -> Callable:
+    """Decorator: ``function(cfg, dataset_name, output_folder)`` builds evaluators of that type."""
+
+    def register(function: Callable) -> Callable:
+        _BUILDERS[kind] = function
+        return function
+
+    return register
 
 
 def evaluate(
@@ -85,7 +97,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
 
     ``coco``: boxes, masks and keypoints as far as the model predicts them, and semantic
     segmentation where data set and model have it; ``sem_seg``; ``coco_panoptic_seg`` and
-    ``ade20k_panoptic_seg``: all of these and the panoptic quality.
+    ``ade20k_panoptic_seg``: all of these and the panoptic quality; and the types of
+    :func:`register_evaluator`.
 
     Raises:
         ConfigError: another ``evaluator_type``; TEST.DETECTIONS_PER_IMAGE or
@@ -94,10 +107,13 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
     metadata = MetadataCatalog.get(dataset_name)
     kind = metadata.get("evaluator_type")
-    if kind not in ("coco", "sem_seg", "coco_panoptic_seg", "ade20k_panoptic_seg"):
+    if kind in _BUILDERS:
+        return _BUILDERS[kind](cfg, dataset_name, folder)
+    known = ("coco", "sem_seg", "coco_panoptic_seg", "ade20k_panoptic_seg")
+    if kind not in known:
         raise ConfigError(
-            f"DATASETS.TEST: '{dataset_name}' has evaluator_type {kind}; it can be coco, sem_seg, "
-            "coco_panoptic_seg or ade20k_panoptic_seg"
+            f"DATASETS.TEST: '{dataset_name}' has evaluator_type {kind}; it can be "
+            + ", ".join((*known, *_BUILDERS))
         )
     evaluators = []
     if kind != "sem_seg":
