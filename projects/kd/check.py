@@ -15,6 +15,7 @@ from .heads.base import head_class
 from .schedule import build_ramp
 from .taps import class_key
 from .teacher import DTYPES
+from .tiles import check_tiles
 
 OPTIMIZERS = ("SGD", "AdamW", "Adam")
 CLIP_TYPES = ("value", "norm", "full_model")
@@ -32,6 +33,7 @@ def check_config(cfg, training: bool = True) -> None:
     """
     _check_meta_archs(cfg)
     _check_datasets(cfg, training)
+    check_tiles(cfg)
     if training:
         _check_solver(cfg)
         if cfg.KD.META_ARCHITECTURE:

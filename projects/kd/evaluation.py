@@ -38,6 +38,7 @@ from .data.check import repair_ground_truth
 from .data.mapper import NamedErrors
 from .data.register import is_configured
 from .errors import ConfigError
+from .tiles import TiledDetector
 
 # Keypoint scale for OKS where neither the config nor COCO has one: the mean of COCO's 17. Ours.
 DEFAULT_OKS_SIGMA = 0.067
@@ -69,7 +70,7 @@ def evaluate(
 
     Args:
         cfg: decides the test-time input, the limits, and what is predicted.
-        model: called in eval mode with detectron2's batches.
+        model: called in eval mode with detectron2's batches; in tiles if TEST.TILES.ENABLED.
         dataset_names: default: DATASETS.TEST.
         output_dir: predictions are written to its ``inference`` folder; default: OUTPUT_DIR.
 
@@ -79,6 +80,8 @@ def evaluate(
     """
     names = list(cfg.DATASETS.TEST if dataset_names is None else dataset_names)
     folder = os.path.join(output_dir or cfg.OUTPUT_DIR, "inference")
+    if cfg.TEST.TILES.ENABLED:
+        model = TiledDetector.from_config(cfg, model)
     results: OrderedDict = OrderedDict()
     for name in names:
         mapper = NamedErrors(DatasetMapper(cfg, is_train=False))
