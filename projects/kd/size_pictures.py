@@ -64,7 +64,6 @@ def size_histogram(dataset: str, path: str) -> dict[str, float]:
     right.boxplot(
         [sizes[labels == i] for i in present],
         orientation="horizontal",
-        whis=(5, 95),
         showfliers=False,
         tick_labels=[f"{names[i]} ({(labels == i).sum()})" for i in present],
     )
@@ -74,7 +73,7 @@ def size_histogram(dataset: str, path: str) -> dict[str, float]:
         axes.set_xscale("log")
         axes.minorticks_off()
         axes.set_xticks(ticks, [str(t) for t in ticks])
-    right.set_xlabel("box: quartiles, whiskers: 5 and 95 %")
+    right.set_xlabel("quartiles of the square root, pixels")
     _save(figure, path)
     return shares
 

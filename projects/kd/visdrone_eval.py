@@ -1,4 +1,4 @@
-"""The detection metrics of the VisDrone2018-DET toolkit, in NumPy.
+"""The detection metrics of the VisDrone2018-DET toolkit.
 
 Follows the MATLAB code of the toolkit (dropObjectsInIgr, evalRes, compOas, calcAccuracy, VOCap),
 point by point:
@@ -27,6 +27,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -140,10 +141,10 @@ def ignored_pixels(regions: np.ndarray, height: int, width: int) -> np.ndarray |
     """
     if not len(regions):
         return None
-    ignored = np.zeros((height, width), np.int32)
+    ignored = np.zeros((height, width), np.uint8)
     for x, y, w, h in np.maximum(1, np.asarray(regions)).astype(int):
         ignored[y - 1 : y + h, x - 1 : x + w] = 1
-    return ignored.cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32)
+    return cv2.integral(ignored)[1:, 1:]
 
 
 def outside_ignored(boxes: np.ndarray, counts: np.ndarray | None) -> np.ndarray:
