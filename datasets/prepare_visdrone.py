@@ -42,7 +42,7 @@ def convert(root: str, split: str, jobs: int, force: bool = False) -> dict:
     source = os.path.join(root, visdrone.SPLITS[split])
     pairs, problems = find_files(source)
     target = visdrone.json_path(split, root)
-    stamp = fingerprint([path for pair in pairs for path in pair])
+    stamp = fingerprint([path for pair in pairs for path in pair], problems)
     if not force and (content := _up_to_date(target, stamp)):
         print(f"{target}: up to date")
         return content
@@ -151,9 +151,9 @@ def find_files(source: str) -> tuple[list[tuple[str, str]], visdrone.Problems]:
     return pairs, problems
 
 
-def fingerprint(paths: list[str]) -> str:
-    """Changes with the names, sizes and times of the files, and with FORMAT."""
-    digest = hashlib.sha256(f"format {FORMAT}".encode())
+def fingerprint(paths: list[str], problems: visdrone.Problems) -> str:
+    """Changes with the names, sizes and times of the files, with FORMAT, and what is lacking."""
+    digest = hashlib.sha256(f"format {FORMAT} {sorted(problems.counts.items())}".encode())
     for path in paths:
         try:
             status = os.stat(path)

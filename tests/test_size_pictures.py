@@ -47,8 +47,8 @@ def test_detections_by_size(data, tmp_path):
     file = results(
         tmp_path / "r.json",
         (data[0], 1, 0.9),  # found
-        (data[0], 1, 0.8),  # found already: false
-        (data[1], 1, 0.9),  # of another class: false, and the object is missed
+        ([3, 4, 10, 10], 1, 0.8),  # found already: false
+        ([23, 3, 30, 34], 1, 0.9),  # of another class: false, and the object is missed
         ([60, 0, 32, 20], 1, 0.9),  # IoU 0.63, small by its own size: the object is medium
         (data[3], 2, 0.2),  # below the threshold: missed
         ([245, 5, 40, 40], 1, 0.9),  # in the region

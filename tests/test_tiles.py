@@ -193,8 +193,9 @@ def test_evaluation_uses_the_config(tmp_path):
         TEST__TILES__WHOLE_IMAGE=False,
     )
     model = Blobs()
-    results = evaluate(cfg, model)
+    results = evaluate(cfg, model.eval())
     assert results["visdrone"]["AP"] == pytest.approx(100)
+    assert not model.training
     assert set(model.seen) == {(40, 40)} and len(model.seen) == 4 * 5
     model.seen.clear()
     cfg.TEST.TILES.WHOLE_IMAGE = True

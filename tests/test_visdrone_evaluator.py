@@ -10,6 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
+from projects.kd import check_config
 from projects.kd.config import add_kd_config, get_cfg
 from projects.kd.data import visdrone
 from projects.kd.errors import ConfigError
@@ -159,7 +160,7 @@ def test_readings_are_chosen_by_the_config(make, tmp_path, caplog):
     assert list(results) == ["bbox", "visdrone_coco"]
     cfg.TEST.VISDRONE_READINGS = ("matlab",)
     with pytest.raises(ConfigError, match="TEST.VISDRONE_READINGS: 'matlab' is not one of toolkit"):
-        build_evaluator(cfg, name, str(tmp_path))
+        check_config(cfg, training=False)
     build_evaluator(config(name, tmp_path, TEST__DETECTIONS_PER_IMAGE=100), name, str(tmp_path))
     assert "TEST.DETECTIONS_PER_IMAGE is 100; VisDrone counts 500 detections" in caplog.text
 

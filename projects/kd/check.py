@@ -16,6 +16,7 @@ from .schedule import build_ramp
 from .taps import class_key
 from .teacher import DTYPES
 from .tiles import check_tiles
+from .visdrone_eval import READINGS
 
 OPTIMIZERS = ("SGD", "AdamW", "Adam")
 CLIP_TYPES = ("value", "norm", "full_model")
@@ -34,7 +35,10 @@ def check_config(cfg, training: bool = True) -> None:
     _check_meta_archs(cfg)
     _check_datasets(cfg, training)
     check_tiles(cfg)
+    for name in cfg.TEST.VISDRONE_READINGS:
+        _one_of("TEST.VISDRONE_READINGS", name, READINGS)
     if training:
+        _one_of("INPUT.IGNORED_REGIONS", cfg.INPUT.IGNORED_REGIONS, ("paint", "keep"))
         _check_solver(cfg)
         if cfg.KD.META_ARCHITECTURE:
             _check_distillation(cfg)

@@ -92,6 +92,7 @@ class TiledDetector(nn.Module):
     ):
         super().__init__()
         self.model = model
+        self.training = model.training  # evaluation puts the mode back that it finds here
         self.size, self.overlap = size, overlap
         self.nms_thresh = nms_thresh
         self.whole_image = whole_image

@@ -12,7 +12,6 @@ import numpy as np
 from detectron2.config import CfgNode
 
 from .config import register_config
-from .errors import ConfigError
 from .evaluation import DetectionEvaluator, register_evaluator
 from .visdrone_eval import (
     LIMITS,
@@ -59,11 +58,6 @@ class VisDroneEvaluator(DetectionEvaluator):
 
     def __init__(self, dataset_name: str, *, readings: Sequence[str] = tuple(READINGS), **options):
         super().__init__(dataset_name, tasks=("bbox",), max_dets_per_image=LIMITS[-1], **options)
-        unknown = [name for name in readings if name not in READINGS]
-        if unknown:
-            raise ConfigError(
-                f"TEST.VISDRONE_READINGS: '{unknown[0]}' is not one of {', '.join(READINGS)}"
-            )
         self._readings = {name: READINGS[name] for name in readings}
         coco = self._coco_api
         self._images = {image["id"]: image for image in coco.dataset["images"]}
@@ -125,7 +119,7 @@ class VisDroneEvaluator(DetectionEvaluator):
             width=image["width"],
             gt_boxes=np.array([a["bbox"] for a in truth], float).reshape(-1, 4),
             gt_classes=np.array([a["category_id"] for a in truth], int),
-            gt_ignored=np.array([a["iscrowd"] for a in truth], bool),
+            gt_ignored=np.array([a.get("iscrowd", 0) for a in truth], bool),
             regions=np.array(image.get("ignored_regions", [])).reshape(-1, 4),
             boxes=rows[:, :4],
             scores=rows[:, 4],

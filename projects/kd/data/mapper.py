@@ -12,7 +12,7 @@ from detectron2.data.detection_utils import SizeMismatchError
 from PIL import Image
 
 from ..config import register_config
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 
 # what Pillow and detectron2 raise for a missing, cut off or foreign file, or a wrong size
 _UNREADABLE = (OSError, SyntaxError, SizeMismatchError, Image.DecompressionBombError)
@@ -65,10 +65,6 @@ class TrainMapper(DatasetMapper):
 
     def __init__(self, cfg: CfgNode):
         super().__init__(cfg, is_train=True)
-        if cfg.INPUT.IGNORED_REGIONS not in ("paint", "keep"):
-            raise ConfigError(
-                f"INPUT.IGNORED_REGIONS: '{cfg.INPUT.IGNORED_REGIONS}' is not one of paint, keep"
-            )
         self.paint = cfg.INPUT.IGNORED_REGIONS == "paint"
         self.pixel_mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
 
