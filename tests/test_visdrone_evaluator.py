@@ -158,6 +158,7 @@ def test_readings_are_chosen_by_the_config(make, tmp_path, caplog):
     cfg = config(name, tmp_path, TEST__VISDRONE_READINGS=("coco",))
     results = run(build_evaluator(cfg, name, str(tmp_path)), instances([10, 10, 20, 20, 4, 0.9]))
     assert list(results) == ["bbox", "visdrone_coco"]
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 10
     cfg.TEST.VISDRONE_READINGS = ("matlab",)
     with pytest.raises(ConfigError, match="TEST.VISDRONE_READINGS: 'matlab' is not one of toolkit"):
         check_config(cfg, training=False)
