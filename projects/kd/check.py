@@ -16,6 +16,8 @@ from .levels import check_input_scale
 from .schedule import build_ramp
 from .taps import class_key
 from .teacher import DTYPES
+from .tiles import check_tiles
+from .visdrone_eval import READINGS
 
 OPTIMIZERS = ("SGD", "AdamW", "Adam")
 CLIP_TYPES = ("value", "norm", "full_model")
@@ -33,7 +35,11 @@ def check_config(cfg, training: bool = True) -> None:
     """
     _check_meta_archs(cfg)
     _check_datasets(cfg, training)
+    check_tiles(cfg)
+    for name in cfg.TEST.VISDRONE_READINGS:
+        _one_of("TEST.VISDRONE_READINGS", name, READINGS)
     if training:
+        _one_of("INPUT.IGNORED_REGIONS", cfg.INPUT.IGNORED_REGIONS, ("paint", "keep"))
         _check_solver(cfg)
         if cfg.KD.META_ARCHITECTURE:
             _check_distillation(cfg)
@@ -82,8 +88,10 @@ def _check_files(key: str, dataset: str) -> None:
     file = metadata.get("json_file")
     if file and "://" not in file and not metadata.get("made_on_first_use", False):
         if not os.path.isfile(file):
+            how = metadata.get("made_by", "")
+            how = f"make it with {how}" if how else "put it there"
             raise ConfigError(
-                f"{key}: data set '{dataset}' needs the file '{file}'; put it there, or set the "
+                f"{key}: data set '{dataset}' needs the file '{file}'; {how}, or set the "
                 "environment variable DETECTRON2_DATASETS (datasets/README.md)"
             )
 

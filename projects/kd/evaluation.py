@@ -38,6 +38,7 @@ from .data.check import repair_ground_truth
 from .data.mapper import NamedErrors
 from .data.register import is_configured
 from .errors import ConfigError
+from .tiles import TiledDetector
 
 # Keypoint scale for OKS where neither the config nor COCO has one: the mean of COCO's 17. Ours.
 DEFAULT_OKS_SIGMA = 0.067
@@ -45,6 +46,18 @@ DEFAULT_OKS_SIGMA = 0.067
 FASTER_SERIES = "1.8."
 
 logger = logging.getLogger(__name__)
+
+_BUILDERS: dict[str, Callable] = {}
+
+
+def register_evaluator(kind: str) -> Callable:
+    """Decorator: ``function(cfg, dataset_name, output_folder)`` builds evaluators of that type."""
+
+    def register(function: Callable) -> Callable:
+        _BUILDERS[kind] = function
+        return function
+
+    return register
 
 
 def evaluate(
@@ -58,7 +71,7 @@ def evaluate(
 
     Args:
         cfg: decides the test-time input, the limits, and what is predicted.
-        model: called in eval mode with detectron2's batches.
+        model: called in eval mode with detectron2's batches; in tiles if TEST.TILES.ENABLED.
         dataset_names: default: DATASETS.TEST.
         output_dir: predictions are written to its ``inference`` folder; default: OUTPUT_DIR.
         mapper: data set dict to the model's input; default: detectron2's for INPUT.
@@ -69,6 +82,8 @@ def evaluate(
     """
     names = list(cfg.DATASETS.TEST if dataset_names is None else dataset_names)
     folder = os.path.join(output_dir or cfg.OUTPUT_DIR, "inference")
+    if cfg.TEST.TILES.ENABLED:
+        model = TiledDetector.from_config(cfg, model)
     results: OrderedDict = OrderedDict()
     for name in names:
         to_input = NamedErrors(mapper or DatasetMapper(cfg, is_train=False))
@@ -87,7 +102,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
 
     ``coco``: boxes, masks and keypoints as far as the model predicts them, and semantic
     segmentation where data set and model have it; ``sem_seg``; ``coco_panoptic_seg`` and
-    ``ade20k_panoptic_seg``: all of these and the panoptic quality.
+    ``ade20k_panoptic_seg``: all of these and the panoptic quality; and the types of
+    :func:`register_evaluator`.
 
     Raises:
         ConfigError: another ``evaluator_type``; TEST.DETECTIONS_PER_IMAGE or
@@ -96,10 +112,13 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
     metadata = MetadataCatalog.get(dataset_name)
     kind = metadata.get("evaluator_type")
-    if kind not in ("coco", "sem_seg", "coco_panoptic_seg", "ade20k_panoptic_seg"):
+    if kind in _BUILDERS:
+        return _BUILDERS[kind](cfg, dataset_name, folder)
+    known = ("coco", "sem_seg", "coco_panoptic_seg", "ade20k_panoptic_seg")
+    if kind not in known:
         raise ConfigError(
-            f"DATASETS.TEST: '{dataset_name}' has evaluator_type {kind}; it can be coco, sem_seg, "
-            "coco_panoptic_seg or ade20k_panoptic_seg"
+            f"DATASETS.TEST: '{dataset_name}' has evaluator_type {kind}; it can be "
+            + ", ".join((*known, *_BUILDERS))
         )
     evaluators = []
     if kind != "sem_seg":

@@ -1,16 +1,15 @@
-"""The training mapper: detectron2's, with one-line errors for images that cannot be read."""
+"""The training mapper, with one-line errors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import SizeMismatchError
 from PIL import Image
 
 from ..errors import DataError
-from .multi_resolution_mapper import MultiResolutionMapper
+from .ignored_regions import TrainMapper
 
 # what Pillow and detectron2 raise for a missing, cut off or foreign file, or a wrong size
 _UNREADABLE = (OSError, SyntaxError, SizeMismatchError, Image.DecompressionBombError)
@@ -36,9 +35,5 @@ class NamedErrors:
 
 
 def build_train_mapper(cfg: CfgNode) -> Callable[[dict], dict | None]:
-    """The mapper of training: detectron2's DatasetMapper as INPUT, MODEL.MASK_ON, ... set it.
-
-    Where a teacher sees another size (KD.TEACHER.INPUT_SCALE), :class:`MultiResolutionMapper`.
-    """
-    two_sizes = cfg.KD.META_ARCHITECTURE and cfg.KD.TEACHER.INPUT_SCALE != 1
-    return NamedErrors((MultiResolutionMapper if two_sizes else DatasetMapper)(cfg, is_train=True))
+    """The mapper of training, as INPUT, MODEL.MASK_ON, KD.TEACHER.INPUT_SCALE, ... set it."""
+    return NamedErrors(TrainMapper(cfg))
