@@ -1,7 +1,7 @@
 """Knowledge distillation for detectron2 detectors.
 
-Importing this package registers the training wrapper, the imitation heads, the timm backbones and
-the built-in data sets.
+Importing this package registers the training wrapper, the imitation heads, the timm backbones,
+Conditional DETR and the built-in data sets.
 """
 
 from . import detectors  # noqa: F401
@@ -12,6 +12,7 @@ from .data import register as _register  # noqa: F401
 from .distiller import DistillMetaArch, build_training_model, student_of
 from .errors import ConfigError, DataError
 from .heads import IMITATION_HEAD_REGISTRY, ImitationHead, build_adapters
+from .modeling import conditional_detr as _conditional_detr  # noqa: F401
 from .modeling import timm_fpn as _timm_fpn  # noqa: F401
 from .taps import TapSpec, register_class_key, register_pseudo_anchors, register_taps
 from .teacher import Teacher, build_teacher
