@@ -37,15 +37,14 @@ def generalized_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     Returns:
         (...) in [-1, 1]; -1 where both boxes and their hull are without area.
     """
-    sides = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(
-        min=0
-    )
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(
-        min=0
-    )
-    area_a, area_b = ((x[..., 2:] - x[..., :2]).prod(-1) for x in (a, b))
-    overlap, hull = sides.prod(-1), hull.prod(-1)
-    union = area_a + area_b - overlap
+    # one coordinate at a time: reductions over two or four elements are slow
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a.unbind(-1), b.unbind(-1)
+    width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
+    height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
+    overlap = width * height
+    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - overlap
+    hull = torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)
+    hull = hull * (torch.maximum(ay2, by2) - torch.minimum(ay1, by1))
     smallest = torch.finfo(union.dtype).tiny
     return overlap / union.clamp(min=smallest) + union / hull.clamp(min=smallest) - 1
 
@@ -62,9 +61,9 @@ def box_cost(
     Returns:
         (..., Q, T).
     """
-    boxes, targets = boxes[..., :, None, :], targets[..., None, :, :]
-    distance = (boxes - targets).abs().sum(-1)
-    overlap = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets))
+    distance = torch.cdist(boxes, targets, p=1.0)
+    corners = cxcywh_to_xyxy(boxes)[..., :, None, :], cxcywh_to_xyxy(targets)[..., None, :, :]
+    overlap = generalized_iou(*corners)
     return l1_weight * distance - giou_weight * overlap
 
 

@@ -191,7 +191,10 @@ class ConditionalDETR(nn.Module):
         canvas, grid = images.tensor.shape[-2:], feature.shape[-2:]
         # cell r of R looks at pixel floor(r H / R), as nearest-neighbour resizing of a mask does
         counts = [
-            [math.ceil(side * cells / total) for side, cells, total in zip(size, grid, canvas, strict=True)]
+            [
+                math.ceil(side * cells / total)
+                for side, cells, total in zip(size, grid, canvas, strict=True)
+            ]
             for size in images.image_sizes
         ]
         limit = torch.tensor(counts).to(feature.device, non_blocking=True)
@@ -271,8 +274,8 @@ def build_detr_resnet_backbone(cfg, input_shape) -> Backbone:
     node = cfg.MODEL.RESNETS
     if node.RES5_DILATION not in (1, 2) or (node.RES5_DILATION == 2 and node.DEPTH < 50):
         raise ConfigError(
-            f"MODEL.RESNETS.RES5_DILATION is {node.RES5_DILATION} with DEPTH {node.DEPTH}; it can be "
-            "1, or 2 with ResNet-50 and deeper (DC5)"
+            f"MODEL.RESNETS.RES5_DILATION is {node.RES5_DILATION} with DEPTH {node.DEPTH}; it can "
+            "be 1, or 2 with ResNet-50 and deeper (DC5)"
         )
     backbone = build_resnet_backbone(cfg, input_shape)
     if node.RES5_DILATION == 2 and "res5" in backbone.stage_names:

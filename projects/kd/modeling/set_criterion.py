@@ -104,9 +104,7 @@ class SetCriterion:
         for image, (start, count) in enumerate(zip(targets.starts, targets.counts, strict=True)):
             own = slice(start, start + count)
             cost = per_class[:, image][..., targets.classes[own]]
-            place = box_cost(
-                boxes[:, image], targets.boxes[own], self.l1_weight, self.giou_weight
-            )
+            place = box_cost(boxes[:, image], targets.boxes[own], self.l1_weight, self.giou_weight)
             matrices.append(cost + place)
         return [matrix[layer] for layer in range(len(logits)) for matrix in matrices]
 
@@ -117,9 +115,7 @@ class SetCriterion:
         """
         return to_matches(assign(self.costs(logits, boxes, targets)), targets)
 
-    def losses(
-        self, logits, boxes, targets: Targets, matches: Matches
-    ) -> dict[str, torch.Tensor]:
+    def losses(self, logits, boxes, targets: Targets, matches: Matches) -> dict[str, torch.Tensor]:
         """Weighted losses ``class``, ``l1`` and ``giou``, each (L,), without autocast.
 
         Args:
@@ -180,4 +176,3 @@ def named(losses: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         result[f"loss_{name}"] = last
         result.update({f"loss_{name}_{k}": value for k, value in enumerate(early)})
     return result
-
