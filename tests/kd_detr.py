@@ -76,16 +76,20 @@ class OnDemand(dict):
         return self[name]
 
 
+def detr_targets(ctx) -> None:
+    """Classes of all kinds for the objects of a context."""
+    for one in ctx.gt:
+        one.gt_classes = torch.arange(len(one)) % CLASSES
+
+
 def detr_context(student, teacher, same=False, **kwargs):
     """A context of two detectors whose features are leaves that ask for a gradient."""
     channels = tuple(model.backbone.channels for model in (student, teacher))
     ctx = make_context(channels=channels, same=same, **kwargs)
     for features in (ctx.student_features, ctx.teacher_features):
-        features["p4"] = features.pop("p4")
         for level in set(features) - {LEVEL}:
             del features[level]
-    for one in ctx.gt:
-        one.gt_classes = torch.arange(len(one)) % CLASSES
+    detr_targets(ctx)
 
     def of_student():
         return decoded(student, ctx.student_features[LEVEL], ctx.image_sizes, ctx.canvas)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from kd_detr import LEVEL, decoded, detr_targets, info, toy_detr
 from kd_testing import CHANNELS, DENSE_CHANNELS, STRIDES, head_cfg, make_context, toy_info
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,16 +27,17 @@ class Case:
     """A head, its config, and the boxes an image has on each rank.
 
     ``whole_batch``: the gradients are those of the joined batch in one process; otherwise those of
-    the mean of the ranks' losses.
+    the mean of the ranks' losses. ``decoder``: the student is a transformer on one of the levels.
     """
 
     name: str
     node: dict = field(default_factory=dict)
     boxes: tuple[int, int] = (3, 5)
     whole_batch: bool = False
+    decoder: bool = False
 
     def __str__(self):
-        kind = self.node.get("TARGET", "features")
+        kind = "a decoder" if self.decoder else self.node.get("TARGET", "features")
         return f"{self.name} on {kind}, {self.boxes[0]} and {self.boxes[1]} boxes an image"
 
 
@@ -48,6 +51,9 @@ CASES = {
         Case("FGFI", {"WEIGHT": 1.0}, whole_batch=True),
         Case("FGFI", {"WEIGHT": 1.0}, boxes=(4, 0), whole_batch=True),
         Case("FGFI", {"WEIGHT": 1.0}, boxes=(0, 0), whole_batch=True),
+        # as many objects on both ranks: the normaliser of the detection loss is that of each
+        Case("D3ETR", boxes=(3, 6), decoder=True),
+        Case("D3ETR", {"ADAPTIVE": False}, boxes=(0, 0), decoder=True),
         Case("ICD", {"PRIORS": "uniform", "DIM": 16, "HEADS": 4, "FFN_DIM": 32, "DETACH_ITERS": 0}),
     )
 }
@@ -64,6 +70,12 @@ class Step(nn.Module):
         )
         self.predictor = nn.Conv2d(CHANNELS, DENSE_CHANNELS, 1)
         infos = toy_info(CHANNELS), toy_info(TEACHER_CHANNELS)
+        self.detector = None
+        if case.decoder:
+            self.detector = toy_detr(CHANNELS)
+            teacher = toy_detr(TEACHER_CHANNELS, dim=24, seed=1).eval().requires_grad_(False)
+            self.teacher = SimpleNamespace(model=teacher)  # outside of the module tree
+            infos = info(self.detector), info(teacher)
         heads = build_imitation_heads(head_cfg(case.name, **case.node), *infos)
         self.head = heads[case.name]
 
@@ -72,8 +84,21 @@ class Step(nn.Module):
         logits = [self.predictor(feature) for feature in features.values()]
         ctx.student_features, ctx.student_outputs = features, {"dense": (logits,)}
         task = sum(x.square().sum() for x in (*features.values(), *logits)) / TASK_NORMALISER
+        if self.detector is not None:
+            task = task + self.decode(features, ctx)
         torch.manual_seed(1)  # a head that draws does so alike wherever the batch is run
         return task, sum(self.head(ctx).values())
+
+    def decode(self, features, ctx):
+        """Fill the context with both decoders' outputs; a task loss of fixed normaliser."""
+        canvas = ctx.image_sizes, ctx.canvas
+        own = decoded(self.detector, features[LEVEL], *canvas)
+        with torch.no_grad():
+            other = decoded(self.teacher.model, ctx.teacher_features[LEVEL], *canvas)
+        ctx.student_outputs["decoder"], ctx.teacher_outputs["decoder"] = own, other
+        ctx.student, ctx.teacher = self.detector, self.teacher
+        detr_targets(ctx)
+        return (own.logits.square().sum() + own.boxes.square().sum()) / TASK_NORMALISER
 
 
 def batch_of(ranks, case: Case):

@@ -106,8 +106,8 @@ def prediction_loss(
     sum_i w_i`` over images and pairs, with ``D_i = sum_c KL(sigmoid(z_t[c]) || sigmoid(z_s[c]))``
     (binary cross entropy less the teacher's entropy: the same gradient, 0 for equal inputs) and
     ``w_i`` the teacher's highest class probability, or 1. Ours: the classifier is a sigmoid; and
-    without the weights some ten objects would stand beside hundreds of queries that mean nothing (KD-DETR's
-    foreground weighting).
+    without the weights some ten objects would stand beside hundreds of queries that mean nothing
+    (KD-DETR's foreground weighting).
 
     Args:
         student_logits, teacher_logits: (N, P, K), pair by pair.

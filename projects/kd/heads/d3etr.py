@@ -80,10 +80,11 @@ class Pairs:
 class D3ETR(ImitationHead):
     """Decoder distillation with MixMatcher (Chen et al., arXiv 2211.09768, IJCAI 2024).
 
-    ``loss_kd_d3etr_pred``, ``_self`` and ``_cross`` are sums over decoder layers and groups of :func:`~projects.kd.functional.d3etr.prediction_loss` and
+    ``loss_kd_d3etr_pred``, ``_self`` and ``_cross`` are sums over decoder layers and groups of
+    :func:`~projects.kd.functional.d3etr.prediction_loss` and
     :func:`~projects.kd.functional.d3etr.attention_loss`; ``loss_kd_d3etr_aux`` is the detection
-    loss of the second group over all layers. Groups: the student's own queries, paired adaptively in
-    every layer; and the teacher's queries, frozen, decoded by the student from the same memory.
+    loss of the second group over all layers. Groups: the student's own queries, paired adaptively
+    in every layer; and the teacher's queries, frozen, decoded by the student from the same memory.
     Structure by the paper; the costs, forms and weights are ours where
     :mod:`projects.kd.functional.d3etr` says so.
 
