@@ -10,6 +10,7 @@ from detectron2.data.detection_utils import SizeMismatchError
 from PIL import Image
 
 from ..errors import DataError
+from .detr_augmentation import detr_augmentations
 
 # what Pillow and detectron2 raise for a missing, cut off or foreign file, or a wrong size
 _UNREADABLE = (OSError, SyntaxError, SizeMismatchError, Image.DecompressionBombError)
@@ -36,4 +37,5 @@ class NamedErrors:
 
 def build_train_mapper(cfg: CfgNode) -> Callable[[dict], dict | None]:
     """The mapper of training: detectron2's DatasetMapper as INPUT, MODEL.MASK_ON, ... set it."""
-    return NamedErrors(DatasetMapper(cfg, is_train=True))
+    own = {"augmentations": detr_augmentations(cfg)} if cfg.INPUT.DETR_AUGMENTATION else {}
+    return NamedErrors(DatasetMapper(cfg, is_train=True, **own))
