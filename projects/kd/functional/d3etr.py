@@ -86,7 +86,8 @@ def matching_cost(
         every = focal_cost(student_logits)
         label = label[..., None, :].expand(*every.shape[:-1], label.shape[-1])
         cost = every.gather(-1, label) * best[..., None, :]
-    return class_weight * cost + box_cost(student_boxes, teacher_boxes, l1_weight, giou_weight)
+    places = box_cost(student_boxes, teacher_boxes, l1_weight, giou_weight)
+    return places.add_(cost, alpha=class_weight)
 
 
 @full_precision
