@@ -96,10 +96,7 @@ def build(student, teacher, **node):
 
 def pairs_of(head, ctx):
     """The adaptive pairs of every layer."""
-    student, teacher = ctx.student_outputs["decoder"], ctx.teacher_outputs["decoder"]
-    layers = d3etr_module.layer_map(len(student.logits), len(teacher.logits))
-    second = head.second_group(ctx, student) if head.fixed else None
-    return head._match(ctx, student, teacher, second, layers)[0]
+    return head.adaptive_pairs(ctx.student_outputs["decoder"], ctx.teacher_outputs["decoder"])
 
 
 # --- the two groups (2) --------------------------------------------------------------------------

@@ -202,15 +202,7 @@ class D3ETR(ImitationHead):
         """
         costs: list[torch.Tensor] = []
         if self.adaptive:
-            chosen = top_queries(teacher.logits[layers].float(), self.top_k)
-            cost = matching_cost(
-                student.logits.detach(),
-                student.boxes.detach(),
-                _take(teacher.logits[layers], chosen),
-                _take(teacher.boxes[layers], chosen),
-                **self.match,
-            )
-            costs += cost.flatten(0, 1).unbind()
+            costs, chosen = self._adaptive_costs(student, teacher, layers)
         first = len(costs)
         targets = None
         if self.aux_weight > 0:
@@ -227,6 +219,24 @@ class D3ETR(ImitationHead):
         matches = to_matches(solved[first:], targets)
         losses = criterion.losses(second.logits, second.boxes, targets, matches)
         return pairs, sum(value.sum() for value in losses.values())
+
+    def adaptive_pairs(self, student: Decoded, teacher: Decoded) -> list[Pairs]:
+        """Which queries belong together, in each layer of the student."""
+        layers = layer_map(len(student.logits), len(teacher.logits))
+        costs, chosen = self._adaptive_costs(student, teacher, layers)
+        return self._adaptive_pairs(assign(costs, "KD.D3ETR"), chosen)
+
+    def _adaptive_costs(self, student, teacher, layers):
+        """Cost matrices of layers and images, and the (L, N, K) queries of the teacher in them."""
+        chosen = top_queries(teacher.logits[layers].float(), self.top_k)
+        cost = matching_cost(
+            student.logits.detach(),
+            student.boxes.detach(),
+            _take(teacher.logits[layers], chosen),
+            _take(teacher.boxes[layers], chosen),
+            **self.match,
+        )
+        return list(cost.flatten(0, 1).unbind()), chosen
 
     def _adaptive_pairs(self, solved, chosen: torch.Tensor) -> list[Pairs]:
         table = torch.stack([torch.from_numpy(pair) for pair in solved])
