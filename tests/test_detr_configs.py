@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,11 @@ def test_numbers_of_parameters_are_the_published_ones():
         with torch.device("meta"):
             model = build_training_model(cfg)
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=1)
+
+
+def test_the_keys_are_there_without_the_training_loop():
+    """Tools load configs without importing the loader."""
+    code = (
+        f"from projects.kd import load_config; load_config({str(FOLDER / min(PAIRS))!r} + '.yaml')"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)

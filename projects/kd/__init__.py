@@ -8,6 +8,7 @@ from . import detectors  # noqa: F401
 from .check import check_config
 from .config import add_kd_config, head_node, load_config, register_config
 from .context import DistillContext, ModelInfo
+from .data import detr_augmentation as _detr_augmentation  # noqa: F401
 from .data import register as _register  # noqa: F401
 from .distiller import DistillMetaArch, build_training_model, student_of
 from .errors import ConfigError, DataError
