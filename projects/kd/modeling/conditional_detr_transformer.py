@@ -286,7 +286,7 @@ class Decoder(nn.Module):
         """
         reference = self.ref_point_head(embedding)
         sine = sine_features(reference.float().sigmoid() * (2 * math.pi), embedding.shape[-1] // 2)
-        x = memory.values[0].new_zeros(len(memory.values[0]), *embedding.shape)
+        x = embedding.new_zeros(len(memory.values[0]), *embedding.shape)
         hidden, own, cross = [], [], []
         for k, layer in enumerate(self.layers):
             transformed = sine if k == 0 else sine * self.query_scale(x)
