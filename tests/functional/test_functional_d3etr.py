@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from kd_testing import peak_bytes, wave
 
+from projects.kd.functional import d3etr
 from projects.kd.functional.d3etr import (
     attention_loss,
     layer_map,
@@ -230,6 +231,19 @@ def test_attention_gradients_agree_with_differences():
     other[0].requires_grad_()
     attention_loss(*own, *other).backward()
     assert other[0].grad is None
+
+
+def test_both_ways_of_computing_agree():
+    """The closed form for equal heads and grids, and the general one."""
+    own, other = attention(5, 7, 0), attention(5, 7, 1)
+    valid = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    inputs = [x.requires_grad_() for x in own]
+    results = []
+    for function in (d3etr._kl, lambda *args: d3etr._converted_kl(*args, None, None)):
+        loss = function(*own, *other, valid, valid)
+        results.append([loss, *torch.autograd.grad(loss, inputs)])
+    for closed, general in zip(*results, strict=True):
+        torch.testing.assert_close(closed, general)
 
 
 def test_nothing_of_the_size_of_a_map_is_kept_for_backward():

@@ -14,6 +14,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .precision import full_precision
@@ -164,17 +165,64 @@ def attention_loss(
     Returns:
         Scalar in nats, 0 for equal inputs; the teacher gets no gradient.
     """
+    tensors = (student_query, student_key, teacher_query.detach(), teacher_key.detach())
+    if student_grid == teacher_grid and student_query.shape[1] == teacher_query.shape[1]:
+        return _kl(*tensors, student_valid, teacher_valid)
     return checkpoint(
-        _attention_kl,
-        *(student_query, student_key, teacher_query.detach(), teacher_key.detach()),
-        *(student_valid, teacher_valid, student_grid, teacher_grid),
+        _converted_kl,
+        *(*tensors, student_valid, teacher_valid, student_grid, teacher_grid),
         use_reentrant=False,
         preserve_rng_state=False,
     )
 
 
 @full_precision
-def _attention_kl(query, key, other_query, other_key, valid, other_valid, grid, other_grid):
+def _kl(*tensors):
+    return _AttentionKL.apply(*tensors)
+
+
+class _AttentionKL(torch.autograd.Function):
+    """Maps of the same heads and keys; keeps their queries, keys and (N, M, P, 1) vectors.
+
+    KL = sum p_t (t - s) - lse_t + lse_s with logits t, s and lse = log-sum-exp; its gradient for
+    the student's logits is p_s - p_t.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, other_query, other_key, valid, other_valid):
+        own, target = _logits(query, key, valid), _logits(other_query, other_key, other_valid)
+        lse_own, lse_target = (x.logsumexp(-1, keepdim=True) for x in (own, target))
+        difference = own.neg_().add_(target)
+        for mask in (valid, other_valid):
+            if mask is not None:  # inf - inf
+                difference.masked_fill_(~mask[:, None, None], 0.0)
+        weights = target.sub_(lse_target).exp_()
+        mean = weights.mul_(difference).sum(-1, keepdim=True)
+        tensors = query, key, other_query, other_key, valid, other_valid, lse_own, lse_target
+        ctx.save_for_backward(*tensors)
+        return (mean - lse_target + lse_own).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        query, key, other_query, other_key, valid, other_valid, lse_own, lse_target = (
+            ctx.saved_tensors
+        )
+        slope = _logits(query, key, valid).sub_(lse_own).exp_()
+        slope.sub_(_logits(other_query, other_key, other_valid).sub_(lse_target).exp_())
+        slope.mul_(grad / (lse_own.numel() * math.sqrt(query.shape[-1])))
+        return slope @ key, slope.transpose(-2, -1) @ query, None, None, None, None
+
+
+def _logits(query, key, valid):
+    """(N, M, P, keys), a new tensor; -inf at keys that are not valid."""
+    logits = (query / math.sqrt(query.shape[-1])) @ key.transpose(-2, -1)
+    return logits if valid is None else logits.masked_fill_(~valid[:, None, None], float("-inf"))
+
+
+@full_precision
+def _converted_kl(query, key, other_query, other_key, valid, other_valid, grid, other_grid):
+    """The general case, built from differentiable operations."""
     own = _log_map(query, key, valid)
     with torch.no_grad():
         target = _log_map(other_query, other_key, other_valid)
@@ -193,10 +241,7 @@ def _attention_kl(query, key, other_query, other_key, valid, other_valid, grid, 
 
 def _log_map(query, key, valid):
     """(N, M, P, keys) logarithm of the attention map, -inf at keys that are not valid."""
-    logits = (query / math.sqrt(query.shape[-1])) @ key.transpose(-2, -1)
-    if valid is not None:
-        logits = logits.masked_fill(~valid[:, None, None], float("-inf"))
-    return logits.log_softmax(-1)
+    return _logits(query, key, valid).log_softmax(-1)
 
 
 def _mean_over_heads(log_map):
