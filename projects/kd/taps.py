@@ -35,12 +35,15 @@ class TapSpec:
         select: turns the module's output into what heads receive. None: the output itself.
         every_call: False keeps the first output of a step, True the list of all outputs (a module
             called for each level, stage or image).
+        with_images: ``run`` gets the images too, ``run(model, features, images)``, as detectron2's
+            ``ImageList``: the padded batch and the sizes before padding.
     """
 
     path: str | tuple[str, ...]
-    run: Callable[[nn.Module, Mapping[str, Any]], Any] | None = None
+    run: Callable[..., Any] | None = None
     select: Callable[[Any], Any] | None = None
     every_call: bool = False
+    with_images: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:

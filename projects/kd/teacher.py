@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.structures import ImageList
 from torch import nn
 
 from .config import load_config
@@ -146,12 +147,14 @@ class Teacher:
         """
         assert not self.model.training, "the teacher left eval mode"
         tensor = self.preprocess(images, canvas, image_format)
+        sizes = [tuple(image.shape[-2:]) for image in images]
         try:
             with self.taps.record(), self._precision(tensor.device.type):
                 features = self.model.backbone(tensor)
                 for spec in self.taps.specs.values():
                     if spec.run is not None:
-                        spec.run(self.model, features)
+                        extra = (ImageList(tensor, sizes),) if spec.with_images else ()
+                        spec.run(self.model, features, *extra)
             return {name: self.taps[name] for name in self.taps.specs}
         finally:
             self.taps.clear()

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from detectron2.utils.events import EventStorage
+from kd_detr import LEVEL, decoded, detr_targets, info, toy_detr
 from kd_testing import (
     CHANNELS,
     DENSE_CHANNELS,
@@ -41,6 +42,7 @@ class Case:
     the mean of the ranks' losses.
 
     ``detectors``: channels to the detector of a side, for heads that predict with it.
+    ``decoder``: the student is a transformer on one of the levels.
     """
 
     name: str
@@ -48,9 +50,10 @@ class Case:
     boxes: tuple[int, int] = (3, 5)
     whole_batch: bool = False
     detectors: Callable = lambda channels: None  # of both sides; None = that of toy_info
+    decoder: bool = False
 
     def __str__(self):
-        kind = self.node.get("TARGET", "features")
+        kind = "a decoder" if self.decoder else self.node.get("TARGET", "features")
         return f"{self.name} on {kind}, {self.boxes[0]} and {self.boxes[1]} boxes an image"
 
 
@@ -65,6 +68,9 @@ CASES = {
         Case("FGFI", {"WEIGHT": 1.0}, boxes=(4, 0), whole_batch=True),
         Case("FGFI", {"WEIGHT": 1.0}, boxes=(0, 0), whole_batch=True),
         Case("SDF", {"EMBED_DIM": 8}),
+        # as many objects on both ranks: the normaliser of the detection loss is that of each
+        Case("D3ETR", boxes=(3, 6), decoder=True),
+        Case("D3ETR", {"ADAPTIVE": False}, boxes=(0, 0), decoder=True),
         Case("ICD", {"PRIORS": "uniform", "DIM": 16, "HEADS": 4, "FFN_DIM": 32, "DETACH_ITERS": 0}),
         Case("OutputKD", {"WEIGHT": 10.0}, detectors=toy_retinanet),
         Case("CSA", {"WEIGHT": 10.0, "DIM": 16, "HEADS": 4}, detectors=toy_retinanet),
@@ -89,6 +95,12 @@ class Step(nn.Module):
             toy_info(channels, model=model)
             for channels, model in zip((CHANNELS, TEACHER_CHANNELS), self.detectors, strict=True)
         ]
+        self.detector = None
+        if case.decoder:
+            self.detector = toy_detr(CHANNELS)
+            teacher = toy_detr(TEACHER_CHANNELS, dim=24, seed=1).eval().requires_grad_(False)
+            self.teacher = SimpleNamespace(model=teacher)  # outside of the module tree
+            infos = info(self.detector), info(teacher)
         heads = build_imitation_heads(head_cfg(case.name, **case.node), *infos)
         self.head = heads[case.name]
 
@@ -101,9 +113,22 @@ class Step(nn.Module):
         ctx.student, ctx.teacher = self.detectors[0], SimpleNamespace(model=self.detectors[1])
         outputs = (*features.values(), *logits, *deltas)
         task = sum(x.square().sum() for x in outputs) / TASK_NORMALISER
+        if self.detector is not None:
+            task = task + self.decode(features, ctx)
         torch.manual_seed(1)  # a head that draws does so alike wherever the batch is run
         with EventStorage():
             return task, sum(self.head(ctx).values())
+
+    def decode(self, features, ctx):
+        """Fill the context with both decoders' outputs; a task loss of fixed normaliser."""
+        canvas = ctx.image_sizes, ctx.canvas
+        own = decoded(self.detector, features[LEVEL], *canvas)
+        with torch.no_grad():
+            other = decoded(self.teacher.model, ctx.teacher_features[LEVEL], *canvas)
+        ctx.student_outputs["decoder"], ctx.teacher_outputs["decoder"] = own, other
+        ctx.student, ctx.teacher = self.detector, self.teacher
+        detr_targets(ctx)
+        return (own.logits.square().sum() + own.boxes.square().sum()) / TASK_NORMALISER
 
 
 def batch_of(ranks, case: Case):

@@ -9,6 +9,7 @@ from detectron2.data.detection_utils import SizeMismatchError
 from PIL import Image
 
 from ..errors import DataError
+from .detr_augmentation import detr_augmentations
 from .ignored_regions import TrainMapper
 
 # what Pillow and detectron2 raise for a missing, cut off or foreign file, or a wrong size
@@ -36,4 +37,5 @@ class NamedErrors:
 
 def build_train_mapper(cfg: CfgNode) -> Callable[[dict], dict | None]:
     """The mapper of training, as INPUT, MODEL.MASK_ON, KD.TEACHER.INPUT_SCALE, ... set it."""
-    return NamedErrors(TrainMapper(cfg))
+    own = {"augmentations": detr_augmentations(cfg)} if cfg.INPUT.DETR_AUGMENTATION else {}
+    return NamedErrors(TrainMapper(cfg, **own))

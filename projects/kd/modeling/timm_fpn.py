@@ -1,9 +1,10 @@
 """Any convolutional timm model as the bottom-up part of detectron2's FPN.
 
 ``MODEL.BACKBONE.NAME: "build_timm_fpn_backbone"`` gives p2..p6 for R-CNN,
-``"build_retinanet_timm_fpn_backbone"`` p3..p7 for RetinaNet; ``MODEL.TIMM`` names and sets up the
-timm model, ``MODEL.FPN`` the pyramid. Stages are called res2..res5 by stride (res<k> has stride
-2^k), so they mean the same as detectron2's own. Set ``MODEL.PIXEL_MEAN``, ``PIXEL_STD`` and
+``"build_retinanet_timm_fpn_backbone"`` p3..p7 for RetinaNet, ``"build_timm_backbone"`` the stages
+of ``MODEL.FPN.IN_FEATURES`` without a pyramid, for DETR; ``MODEL.TIMM`` names and sets up the timm
+model, ``MODEL.FPN`` the pyramid. Stages are called res2..res5 by stride (res<k> has stride 2^k), so
+they mean the same as detectron2's own. Set ``MODEL.PIXEL_MEAN``, ``PIXEL_STD`` and
 ``INPUT.FORMAT: "RGB"`` to what the timm weights were trained with.
 """
 
@@ -84,6 +85,7 @@ def _fpn(cfg, bottom_up: TimmBackbone, top_block: nn.Module) -> FPN:
     )
 
 
+@BACKBONE_REGISTRY.register()
 def build_timm_backbone(cfg, input_shape: ShapeSpec) -> TimmBackbone:
     """The timm model of ``cfg.MODEL.TIMM`` with the stages of MODEL.FPN.IN_FEATURES.
 
