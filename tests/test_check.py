@@ -53,6 +53,8 @@ def test_a_good_config_passes(cfg):
             r"^SOLVER\.CLIP_GRADIENTS\.CLIP_TYPE.*full_model",
         ),
         ("SOLVER.AMP.DTYPE", "half", r"^SOLVER\.AMP\.DTYPE.*bfloat16"),
+        ("KD.TEACHER.INPUT_SCALE", 0.0, r"^KD\.TEACHER\.INPUT_SCALE is 0\.0.*positive"),
+        ("KD.TEACHER.INPUT_SCALE", -2.0, r"^KD\.TEACHER\.INPUT_SCALE is -2\.0.*positive"),
         ("SOLVER.ACCUM_STEPS", 0, r"^SOLVER\.ACCUM_STEPS is 0"),
         ("SOLVER.GATHER_METRIC_PERIOD", 0, r"^SOLVER\.GATHER_METRIC_PERIOD is 0"),
         ("SOLVER.MAX_ITER", 0, r"^SOLVER\.MAX_ITER is 0"),

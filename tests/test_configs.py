@@ -16,8 +16,13 @@ CONFIGS = sorted(
     if path.parent.name != "suites"  # lists of runs for tools/compare.py
 )
 RUNNABLE = [name for name in CONFIGS if not Path(name).name.startswith("Base-")]
-# those of ICD, which clip gradients, are compared in test_icd_configs.py
-COCO = [name for name in RUNNABLE if name.startswith("COCO-Detection/") and "_icd" not in name]
+# compared in files of their own: test_icd_configs.py, test_sdf_configs.py, test_csa_configs.py
+ELSEWHERE = ("_icd", "_sdf", "_hires", "_400", "_csa", "_output_kd")
+COCO = [
+    name
+    for name in RUNNABLE
+    if name.startswith("COCO-Detection/") and not any(part in name for part in ELSEWHERE)
+]
 ZOO = "model_zoo://COCO-Detection/"
 
 

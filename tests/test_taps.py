@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from projects.kd import ConfigError, TapSpec, register_taps
-from projects.kd.taps import FeatureTaps, architectures_with, class_key, taps_for
+from projects.kd.taps import FeatureTaps, architectures_with, class_key, tapped_module, taps_for
 
 ARCHS = ("RetinaNet", "GeneralizedRCNN")
 
@@ -134,6 +134,16 @@ def test_subclasses_inherit_and_extend_taps():
 def test_an_unregistered_architecture_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"META_ARCHITECTURE Toy .*GeneralizedRCNN"):
         taps_for(Toy())
+
+
+def test_the_module_behind_a_tap():
+    model = kd_models.build(kd_models.tiny_cfg())
+    assert tapped_module(model, "bottom_up") is model.backbone.bottom_up
+    with pytest.raises(ConfigError, match=r"RetinaNet registered no tap 'masks'; .*bottom_up"):
+        tapped_module(model, "masks")
+    model.backbone = model.backbone.bottom_up
+    with pytest.raises(ConfigError, match=r"tap 'bottom_up': RetinaNet has no module"):
+        tapped_module(model, "bottom_up")
 
 
 def test_class_keys_of_detectron2():

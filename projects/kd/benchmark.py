@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from detectron2.structures import Boxes, pairwise_iou
 
 from .distiller import build_training_model
 from .engine.optim import build_optimizations
+from .levels import scaled_size
 from .measure import random_batch, settle_norms
 from .taps import class_key
 
@@ -32,7 +34,10 @@ class Bench:
         self.model = build_training_model(self.cfg).train()
         self.device = self.model.device
         self.batch = random_batch(image_size, boxes, self._classes())
-        self.images = [x["image"] for x in self.batch]
+        for x in self.batch if self.model.teacher_scale != 1 else ():
+            size = scaled_size(x["image"].shape[-2:], self.model.teacher_scale)
+            x["image_teacher"] = F.interpolate(x["image"][None], size=size)[0]
+        self.images = self.model.teacher_images(self.batch)
         student, teacher = self.model.student, self.model.teacher.model
         for detector in (student, teacher):
             settle_norms(detector.backbone, detector.preprocess_image(self.batch).tensor)
@@ -55,7 +60,9 @@ class Bench:
         """The teacher's input and backbone, as every step runs them."""
         with self.autocast():
             tensor = self.model.teacher.preprocess(
-                self.images, self.ctx.canvas, self.model.image_format
+                self.images,
+                scaled_size(self.ctx.canvas, self.model.teacher_scale),
+                self.model.image_format,
             )
             return self.model.teacher.model.backbone(tensor)
 

@@ -12,6 +12,7 @@ from .adapters import ADAPTER_TYPES
 from .errors import ConfigError
 from .files import resolve_config
 from .heads.base import head_class
+from .levels import check_input_scale
 from .schedule import build_ramp
 from .taps import class_key
 from .teacher import DTYPES
@@ -140,6 +141,7 @@ def _check_distillation(cfg) -> None:
     weights = kd.TEACHER.WEIGHTS
     if weights and "://" not in weights and not os.path.isfile(os.path.expanduser(weights)):
         raise ConfigError(f"KD.TEACHER.WEIGHTS: no such file '{weights}'; train the teacher first")
+    check_input_scale(kd.TEACHER.INPUT_SCALE)
     _one_of("KD.TEACHER.DTYPE", kd.TEACHER.DTYPE, ("auto", *DTYPES))
     _one_of("KD.ADAPTER.TYPE", kd.ADAPTER.TYPE, ADAPTER_TYPES)
     if kd.LOG_PERIOD < 1:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from .predict import register_predictor
+from .predict.rcnn import RCNNPredictor
+from .predict.retinanet import RetinaNetPredictor
 from .taps import TapSpec, register_class_key, register_pseudo_anchors, register_taps
 
 
@@ -9,12 +12,29 @@ def _run_dense_head(model, features):
     model.head([features[level] for level in model.head_in_features])
 
 
+def _run_rpn_head(model, features):
+    rpn = model.proposal_generator
+    rpn.rpn_head([features[level] for level in rpn.in_features])
+
+
 _SHARED = {"features": TapSpec("backbone"), "bottom_up": TapSpec("backbone.bottom_up")}
 
 # DenseDetector is the base class of RetinaNet and FCOS. ``dense`` gives, per kind of prediction
 # (class logits, box deltas, ...), a list over levels of (N, A * K, H, W).
 register_taps("DenseDetector", **_SHARED, dense=TapSpec("head", run=_run_dense_head))
-register_taps("GeneralizedRCNN", **_SHARED)
+# ``rpn`` gives objectness (N, A, H, W) and deltas (N, A * 4, H, W), both a list over levels;
+# ``box`` class logits (R, K + 1) and deltas (R, K * 4) of the sampled proposals, in their order.
+# ``box`` and ``sampled_proposals`` are there in the student's training step only.
+register_taps(
+    "GeneralizedRCNN",
+    **_SHARED,
+    rpn=TapSpec("proposal_generator.rpn_head", run=_run_rpn_head),
+    box=TapSpec("roi_heads.box_predictor"),
+    sampled_proposals=TapSpec("roi_heads", select=lambda outputs: outputs[0]),
+)
+
+register_predictor("RetinaNet", RetinaNetPredictor)
+register_predictor("GeneralizedRCNN", RCNNPredictor)
 
 register_class_key("RetinaNet", "MODEL.RETINANET.NUM_CLASSES")
 register_class_key("GeneralizedRCNN", "MODEL.ROI_HEADS.NUM_CLASSES")

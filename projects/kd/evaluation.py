@@ -65,6 +65,7 @@ def evaluate(
     model,
     dataset_names: Sequence[str] | None = None,
     output_dir: str | None = None,
+    mapper: Callable[[dict], dict] | None = None,
 ) -> OrderedDict:
     """Evaluate a model; progress and the time left are logged.
 
@@ -73,6 +74,7 @@ def evaluate(
         model: called in eval mode with detectron2's batches; in tiles if TEST.TILES.ENABLED.
         dataset_names: default: DATASETS.TEST.
         output_dir: predictions are written to its ``inference`` folder; default: OUTPUT_DIR.
+        mapper: data set dict to the model's input; default: detectron2's for INPUT.
 
     Returns:
         ``{task: {metric: value}}`` of one data set, ``{data set: {task: ...}}`` of several; empty
@@ -84,8 +86,8 @@ def evaluate(
         model = TiledDetector.from_config(cfg, model)
     results: OrderedDict = OrderedDict()
     for name in names:
-        mapper = NamedErrors(DatasetMapper(cfg, is_train=False))
-        loader = build_detection_test_loader(cfg, name, mapper=mapper)
+        to_input = NamedErrors(mapper or DatasetMapper(cfg, is_train=False))
+        loader = build_detection_test_loader(cfg, name, mapper=to_input)
         own_folder = folder if len(names) == 1 else os.path.join(folder, name)
         evaluator = build_evaluator(cfg, name, own_folder)
         results[name] = inference_on_dataset(model, loader, evaluator) or OrderedDict()

@@ -86,6 +86,21 @@ def architectures_with(names: Iterable[str]) -> list[str]:
     return sorted(arch for arch, taps in _TAPS.items() if wanted <= set(taps))
 
 
+def tapped_module(model: nn.Module, name: str) -> nn.Module:
+    """The submodule of a detector that a registered tap reads.
+
+    Raises:
+        ConfigError: a tap or a submodule that the detector does not have.
+    """
+    specs = taps_for(model)
+    if name not in specs:
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE {type(model).__name__} registered no tap '{name}'; "
+            f"it has {', '.join(sorted(specs))} (register_taps)"
+        )
+    return model.get_submodule(_resolve(model, name, specs[name]))
+
+
 class FeatureTaps:
     """Forward hooks on named submodules of a detector.
 

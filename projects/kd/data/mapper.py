@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
+from detectron2.config import CfgNode, configurable
 from detectron2.data.detection_utils import SizeMismatchError
 from PIL import Image
 
 from ..config import register_config
 from ..errors import DataError
+from .multi_resolution_mapper import MultiResolutionMapper
 
 # what Pillow and detectron2 raise for a missing, cut off or foreign file, or a wrong size
 _UNREADABLE = (OSError, SyntaxError, SizeMismatchError, Image.DecompressionBombError)
@@ -45,7 +45,7 @@ def add_ignored_regions_config(cfg: CfgNode) -> None:
     cfg.INPUT.IGNORED_REGIONS = "paint"
 
 
-class TrainMapper(DatasetMapper):
+class TrainMapper(MultiResolutionMapper):
     """detectron2's DatasetMapper that paints out ``ignored_regions`` of an image.
 
     Objects in ignored regions are not annotated, and as they are they would be learnt as
@@ -53,31 +53,57 @@ class TrainMapper(DatasetMapper):
     (0 after normalisation). Ours, in place of anchors that count neither way, because
 
     - it is the same for anchors, points, proposals and queries, and for detectors to come;
-    - teacher and student see the same image, so no imitation loss reads the regions either;
+    - teacher and student see the same (at two sizes: both images are painted), so no imitation
+      loss reads the regions either;
     - the annotated boxes stay: where one overlaps a region, its pixels are left as they are.
 
     Its price: grey rectangles appear in training that test images do not have, and the context of
     objects at the rim of a region is lost.
 
+    Where a teacher sees another size (KD.TEACHER.INPUT_SCALE), there is an image for it.
+
     Args:
-        cfg: the full config.
+        is_train, **kwargs: see :class:`MultiResolutionMapper`.
+        region_colour: three values in the order of the image's channels, or None to keep regions.
     """
 
-    def __init__(self, cfg: CfgNode):
-        super().__init__(cfg, is_train=True)
-        self.paint = cfg.INPUT.IGNORED_REGIONS == "paint"
-        self.pixel_mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
+    @configurable
+    def __init__(self, is_train: bool, *, region_colour: Sequence[float] | None, **kwargs):
+        super().__init__(is_train, **kwargs)
+        self.region_colour = None
+        if region_colour is not None:
+            self.region_colour = torch.tensor(region_colour).view(-1, 1, 1)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True):
+        """Read INPUT, MODEL.PIXEL_MEAN and, where there is a teacher, KD.TEACHER.INPUT_SCALE."""
+        options = super().from_config(cfg, is_train)
+        if not cfg.KD.META_ARCHITECTURE:
+            options["teacher_scale"] = 1.0
+        paint = cfg.INPUT.IGNORED_REGIONS == "paint"
+        return {**options, "region_colour": cfg.MODEL.PIXEL_MEAN if paint else None}
 
     def _transform_annotations(self, dataset_dict, transforms, image_shape):
-        regions = dataset_dict.pop("ignored_regions", [])
         super()._transform_annotations(dataset_dict, transforms, image_shape)
-        if self.paint and len(regions):
+        if regions := dataset_dict.get("ignored_regions"):
             boxes = np.array(regions, float)
             boxes[:, 2:] += boxes[:, :2]
-            boxes = transforms.apply_box(boxes)
-            kept = dataset_dict["instances"].gt_boxes.tensor.numpy()
-            image = paint_out(dataset_dict["image"], boxes, kept, self.pixel_mean)
-            dataset_dict["image"] = image
+            dataset_dict["ignored_regions"] = transforms.apply_box(boxes)
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        """See :class:`detectron2.data.DatasetMapper`."""
+        example = super().__call__(dataset_dict)
+        regions = example.pop("ignored_regions", ())
+        if self.region_colour is None or not len(regions) or "instances" not in example:
+            return example
+        kept = example["instances"].gt_boxes.tensor.numpy()
+        height, width = example["image"].shape[-2:]
+        for key in ("image", "image_teacher"):
+            if key in example:
+                image = example[key]
+                scale = np.tile([image.shape[-1] / width, image.shape[-2] / height], 2)
+                example[key] = paint_out(image, regions * scale, kept * scale, self.region_colour)
+        return example
 
 
 def paint_out(
@@ -108,5 +134,5 @@ def paint_out(
 
 
 def build_train_mapper(cfg: CfgNode) -> Callable[[dict], dict | None]:
-    """The mapper of training, as INPUT, MODEL.MASK_ON, ... set it."""
-    return NamedErrors(TrainMapper(cfg))
+    """The mapper of training, as INPUT, MODEL.MASK_ON, KD.TEACHER.INPUT_SCALE, ... set it."""
+    return NamedErrors(TrainMapper(cfg, is_train=True))

@@ -1,6 +1,6 @@
 """Imitation heads; importing this package registers them."""
 
-from . import cwd, fgfi, icd, mimic, pkd  # noqa: F401
+from . import csa, cwd, fgfi, icd, mimic, output_kd, pkd, sdf  # noqa: F401
 from .base import (
     IMITATION_HEAD_REGISTRY,
     ImitationHead,

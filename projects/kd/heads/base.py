@@ -26,6 +26,7 @@ class ImitationHead(nn.Module):
 
     Class attributes:
         requires: taps that both sides must offer ("features", "dense", ...).
+        requires_student: further taps of the student alone.
         supports: student meta-archs it is limited to; () = every one that offers ``requires``.
         needs_boxes: the head reads ground-truth boxes.
 
@@ -36,6 +37,7 @@ class ImitationHead(nn.Module):
     """
 
     requires: frozenset[str] = frozenset({"features"})
+    requires_student: frozenset[str] = frozenset()
     supports: tuple[str, ...] = ()
     needs_boxes: bool = False
 
@@ -95,8 +97,11 @@ class ImitationHead(nn.Module):
     def align(self, ctx: DistillContext, level: str, student: torch.Tensor, teacher: torch.Tensor):
         """:meth:`pair` for any two maps (N, C, H, W) of a level, e.g. logits."""
         mask = ctx.valid_mask(level) if self.mask_padding and ctx.has_padding(level) else None
+        theirs = None
+        if student.shape[-2:] != teacher.shape[-2:] and self.mask_padding:
+            theirs = ctx.teacher_valid_mask(level) if ctx.teacher_has_padding(level) else None
         student = student.float()
-        return student, align_spatial(teacher.detach().float(), student), mask
+        return student, align_spatial(teacher.detach().float(), student, theirs), mask
 
     def extra_repr(self) -> str:
         """Levels and weight in ``print(model)``."""
