@@ -205,6 +205,9 @@ def test_evaluation_uses_the_config(tmp_path):
     cfg.TEST.TILES.ENABLED = False
     assert evaluate(cfg, model)["visdrone"]["AP"] == pytest.approx(100)
     assert model.seen == [(90, 130)]
+    cfg.TEST.TILES.ENABLED = True
+    with pytest.raises(ConfigError, match="TEST.TILES.ENABLED: this evaluation has a mapper"):
+        evaluate(cfg, model, mapper=lambda entry: entry)
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
 

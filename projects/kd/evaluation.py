@@ -83,6 +83,8 @@ def evaluate(
     names = list(cfg.DATASETS.TEST if dataset_names is None else dataset_names)
     folder = os.path.join(output_dir or cfg.OUTPUT_DIR, "inference")
     if cfg.TEST.TILES.ENABLED:
+        if mapper is not None:  # tiles are cut from one image, not from what a mapper adds
+            raise ConfigError("TEST.TILES.ENABLED: this evaluation has a mapper of its own")
         model = TiledDetector.from_config(cfg, model)
     results: OrderedDict = OrderedDict()
     for name in names:

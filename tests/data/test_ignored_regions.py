@@ -160,6 +160,19 @@ def test_distillation_reads_nothing_in_a_region(tmp_path):
     assert results[0] == results[1] and results[0]["loss_kd_mimic"] > 0
 
 
+def test_the_teachers_larger_image_is_painted_too(tmp_path):
+    teacher = {"KD__META_ARCHITECTURE": "DistillMetaArch", "KD__TEACHER__INPUT_SCALE": 2.0}
+    flip = {"INPUT__RANDOM_FLIP": "horizontal"}
+    for seed in range(4):
+        cfg = config(**teacher) if seed else kd_models.tiny_cfg(**teacher, **flip)
+        one, two = (mapped(cfg, entry(tmp_path, s), seed)["image_teacher"] for s in (1, 2))
+        assert one.shape[-1] == 2 * mapped(cfg, entry(tmp_path, 1), seed)["image"].shape[-1]
+        cfg.INPUT.IGNORED_REGIONS = "keep"
+        before = [mapped(cfg, entry(tmp_path, s), seed)["image_teacher"] for s in (1, 2)]
+        share = (before[0] != before[1]).any(0).float().mean()
+        assert share > 0.1 and (one != two).any(0).float().mean() < 0.15 * share
+
+
 def test_another_value_is_refused():
     with pytest.raises(ConfigError, match="INPUT.IGNORED_REGIONS: 'drop' is not one of paint"):
         check_config(

@@ -142,6 +142,7 @@ def test_augmentations_that_cannot_be_repeated_are_refused_in_one_line(dicts):
 def test_scale_one_and_plain_training_have_no_second_image(dicts):
     for cfg in (make_cfg(1.0), make_cfg(2.0, KD__META_ARCHITECTURE="")):
         mapper = build_train_mapper(cfg)
+        assert mapper.mapper.teacher_scale == 1.0
         assert "image_teacher" not in mapper(dicts[0])
     augmentations = [T.Resize((33, 47))]
     mapper = MultiResolutionMapper(

@@ -38,4 +38,4 @@ class NamedErrors:
 def build_train_mapper(cfg: CfgNode) -> Callable[[dict], dict | None]:
     """The mapper of training, as INPUT, MODEL.MASK_ON, KD.TEACHER.INPUT_SCALE, ... set it."""
     own = {"augmentations": detr_augmentations(cfg)} if cfg.INPUT.DETR_AUGMENTATION else {}
-    return NamedErrors(TrainMapper(cfg, **own))
+    return NamedErrors(TrainMapper(cfg, is_train=True, **own))
