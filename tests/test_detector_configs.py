@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,13 @@ ZOO = {
     ),
 }
 FOLDERS = ("COCO-Detection", "COCO-InstanceSegmentation", "COCO-Keypoints")
+# those of RetinaNet and Faster R-CNN with ResNets have files of their own, one a method
+ELSEWHERE = r"COCO-Detection/(retinanet|faster_rcnn)_R\d+_FPN_(400_)?from_R101_"
 DISTILLED = sorted(
-    path.relative_to(ROOT / "configs").as_posix()
+    name
     for folder in (*FOLDERS, "COCO-PanopticSegmentation")
     for path in (ROOT / "configs" / folder).glob("*_from_*.yaml")
+    if not re.match(ELSEWHERE, name := path.relative_to(ROOT / "configs").as_posix())
 )
 
 
@@ -74,3 +78,22 @@ def test_teachers_outside_of_the_zoo_have_a_config_that_makes_their_weights():
         cfg = load_config(str(ROOT / teacher.CONFIG_FILE))
         assert f"{cfg.OUTPUT_DIR}/model_final.pth" == teacher.WEIGHTS
         assert not cfg.KD.META_ARCHITECTURE
+
+
+@pytest.mark.parametrize("name", [name for name in DISTILLED if "_icd" in name])
+def test_icd_has_the_published_values_of_its_family(name):
+    """Kang et al., released configs: weight 8 and 300 queries for FCOS, 3 and 100 for R-CNN."""
+    icd = load(name).KD.ICD
+    one_stage = name.startswith("COCO-Detection/fcos")
+    assert (icd.WEIGHT, icd.MAX_QUERIES) == ((8.0, 300) if one_stage else (3.0, 100))
+    assert (icd.LEVELS, icd.DETACH_ITERS, icd.LAYERS) == ((), 1000, 1)
+
+
+@pytest.mark.parametrize("name", [name for name in DISTILLED if "_cwd" in name])
+def test_cwd_leaves_the_last_level_out(name):
+    kd = load(name).KD
+    if kd.CWD.TARGET == "features" and not kd.LEVEL_MAP:
+        one_stage = kd.CWD.WEIGHT == 5.0
+        first = 3 if one_stage else 2
+        assert kd.CWD.LEVELS == tuple(f"p{k}" for k in range(first, first + 4))
+        assert one_stage == bool(re.search("fcos|gfl|reppoints|retinanet", name))

@@ -45,7 +45,8 @@ def verdicts(student_cfg, teacher_cfg) -> dict[str, dict[str, str]]:
     for name, cls in sorted(IMITATION_HEAD_REGISTRY):
         if not cls.__module__.startswith("projects."):
             continue
-        targets = getattr(cls, "targets", ()) or (PLAIN,)
+        # a head with a key TARGET lists its values in the class attribute ``targets``
+        targets = cls.targets if "TARGET" in cfg.KD[name.upper()] else (PLAIN,)
         found[name] = {target: _verdict(cfg, infos, name, target) for target in targets}
     return found
 

@@ -28,7 +28,7 @@ class ImitationHead(nn.Module):
         requires: taps that both sides must offer ("features", "dense", ...).
         requires_student: further taps of the student alone.
         supports: student meta-archs it is limited to; () = every one that offers ``requires``.
-        targets: values of KD.<HEAD>.TARGET, () for heads without that key.
+        targets: values of KD.<HEAD>.TARGET, of heads that have this key.
         needs_boxes: the head reads ground-truth boxes.
 
     Args:
@@ -40,7 +40,6 @@ class ImitationHead(nn.Module):
     requires: frozenset[str] = frozenset({"features"})
     requires_student: frozenset[str] = frozenset()
     supports: tuple[str, ...] = ()
-    targets: tuple[str, ...] = ()
     needs_boxes: bool = False
 
     def __init__(self, *, levels: Sequence[str], weight: float, mask_padding: bool):

@@ -7,6 +7,8 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch import fcos
 
 from ..config import register_config
+from ..predict import register_predictor
+from ..predict.fcos import FCOSPredictor
 from ..taps import register_class_key
 
 
@@ -73,3 +75,4 @@ class FCOS(fcos.FCOS):
 
 
 register_class_key("FCOS", "MODEL.FCOS.NUM_CLASSES")
+register_predictor("FCOS", FCOSPredictor)

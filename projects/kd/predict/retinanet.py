@@ -50,7 +50,7 @@ class RetinaNetPredictor(Predictor):
 
     def match(self, teacher, scale, key):
         """See :func:`match_anchors`."""
-        if not isinstance(teacher, RetinaNetPredictor):
+        if type(teacher) is not RetinaNetPredictor:
             raise ConfigError(
                 f"{key}: a {self.name} student and a {teacher.name} teacher predict different "
                 "things; use a teacher of the same family"
