@@ -96,20 +96,6 @@ def test_regions_follow_the_augmentation(tmp_path):
         assert changed.float().mean() < 0.12 * (before[0] != before[1]).any(0).float().mean()
 
 
-def test_the_teachers_larger_image_is_painted_too(tmp_path):
-    """At twice the size: the region and the object in it double with the image."""
-    options = {"KD__META_ARCHITECTURE": "DistillMetaArch", "KD__TEACHER__INPUT_SCALE": 2.0}
-    image = mapped(config(**options), entry(tmp_path, 1))["image_teacher"]
-    x, y, w, h = (2 * value for value in REGION)
-    ox, oy, ow, oh = (2 * value for value in OBJECT)
-    mask = torch.zeros(2 * SIZE[0], 2 * SIZE[1], dtype=torch.bool)
-    mask[y : y + h, x : x + w] = True
-    mask[oy : oy + oh, ox : ox + ow] = False
-    mean = torch.tensor(MEAN).round().view(3, 1)
-    assert (image[:, mask] == mean).all()
-    assert (image[:, ~mask] == mean).float().mean() < 0.1
-
-
 def test_images_without_regions_are_detectron2s(tmp_path):
     plain = entry(tmp_path, 1, regions=())
     del plain["ignored_regions"]
