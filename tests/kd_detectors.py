@@ -68,6 +68,7 @@ DETECTORS = {
     "Cascade Mask R-CNN": ("GeneralizedRCNN", {**_CASCADE, **_MASK}),
     "Mask R-CNN": ("GeneralizedRCNN", _MASK),
     "Keypoint R-CNN": ("GeneralizedRCNN", _KEYPOINT),
+    "Mask and Keypoint R-CNN": ("GeneralizedRCNN", {**_MASK, **_KEYPOINT}),
     "Panoptic FPN": (
         "GeneralizedRCNN",
         {**_MASK, **_SEMANTIC, "MODEL.META_ARCHITECTURE": "PanopticFPN"},

@@ -78,7 +78,7 @@ def test_a_good_config_passes(cfg):
         ("KD.LEVEL_MAP", ["p3", "p4"], r"^KD\.LEVEL_MAP"),
         ("KD.LEVEL_MAP", [["p3"]], r"^KD\.LEVEL_MAP"),
         ("KD.START_ITER", -1, r"KD\.MIMIC \(or KD\).*START_ITER"),
-        ("KD.MIMIC.WARMUP_ITERS", -3, r"KD\.MIMIC.*WARMUP_ITERS"),
+        ("KD.MIMIC.WARMUP_ITERS", -4, r"KD\.MIMIC.*WARMUP_ITERS"),
         ("KD.MIMIC.END_ITER", -5, r"KD\.MIMIC.*END_ITER -5"),
     ],
 )
