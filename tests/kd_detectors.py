@@ -68,12 +68,17 @@ DETECTORS = {
     "Cascade Mask R-CNN": ("GeneralizedRCNN", {**_CASCADE, **_MASK}),
     "Mask R-CNN": ("GeneralizedRCNN", _MASK),
     "Keypoint R-CNN": ("GeneralizedRCNN", _KEYPOINT),
-    "Mask and Keypoint R-CNN": ("GeneralizedRCNN", {**_MASK, **_KEYPOINT}),
     "Panoptic FPN": (
         "GeneralizedRCNN",
         {**_MASK, **_SEMANTIC, "MODEL.META_ARCHITECTURE": "PanopticFPN"},
     ),
 }
+
+
+def every_branch_cfg():
+    """An R-CNN with masks and keypoints."""
+    keypoints = {key.replace(".", "__"): value for key, value in _KEYPOINT.items()}
+    return detector_cfg("Mask R-CNN", **keypoints)
 
 
 def detector_cfg(name: str, **overrides):
