@@ -33,7 +33,20 @@ def distilled_name(detector, student, method, recipe):
     return f"{detector}_{student}_FPN_from_R101_{method}{recipe}"
 
 
+SCALEKD = [
+    (detector, student, high)
+    for detector in DETECTORS
+    for student in STUDENTS[""]
+    for high in ("", "_hires")
+]
+
+
+def scalekd_name(detector, student, high):
+    return distilled_name(detector, student, "sdf_csa", high)
+
+
 ALL = PLAIN + HIGH + [distilled_name(*item) for item in DISTILLED]
+ALL += [scalekd_name(*item) for item in SCALEKD]
 
 
 def test_the_tables_cover_every_config():
@@ -95,6 +108,24 @@ def test_students_differ_from_the_plain_one_in_kd_only(item):
     if method == "icd":
         assert cfg.SOLVER.CLIP_GRADIENTS.ENABLED and cfg.KD.ICD.MAX_QUERIES == 300
         cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
+    for key in ("MODEL", "SOLVER", "INPUT", "DATASETS", "DATALOADER", "TEST"):
+        assert cfg[key] == plain[key], f"{key} differs from the plain student's"
+
+
+@pytest.mark.parametrize("item", SCALEKD)
+def test_scalekd(item):
+    """Values and pairs of levels are those of the COCO configs."""
+    detector, student, high = item
+    cfg, plain = load(scalekd_name(*item)), load(f"{detector}_{student}_FPN")
+    coco = f"configs/COCO-Detection/{detector}_R50_FPN_from_R101_sdf_csa{high}_1x.yaml"
+    coco = load_config(str(ROOT / coco))
+    for key in ("HEADS", "SDF", "CSA", "LEVEL_MAP"):
+        assert cfg.KD[key] == coco.KD[key]
+    teacher = f"{detector}_R101_FPN" + ("_1600" if high else "")
+    assert cfg.KD.TEACHER.CONFIG_FILE == f"configs/VisDrone/{teacher}.yaml"
+    assert cfg.KD.TEACHER.WEIGHTS == f"{load(teacher).OUTPUT_DIR}/model_final.pth"
+    sides = [load(name).INPUT.MIN_SIZE_TEST for name in (teacher, f"{detector}_{student}_FPN")]
+    assert cfg.KD.TEACHER.INPUT_SCALE == sides[0] / sides[1]
     for key in ("MODEL", "SOLVER", "INPUT", "DATASETS", "DATALOADER", "TEST"):
         assert cfg[key] == plain[key], f"{key} differs from the plain student's"
 
