@@ -13,7 +13,7 @@ from .errors import ConfigError
 from .files import resolve_config
 from .heads.base import head_class
 from .schedule import build_ramp
-from .taps import class_key
+from .taps import class_key, class_names_of
 from .teacher import DTYPES
 
 OPTIMIZERS = ("SGD", "AdamW", "Adam")
@@ -89,7 +89,7 @@ def _check_files(key: str, dataset: str) -> None:
 
 def _check_classes(cfg, dataset: str) -> None:
     key = class_key(cfg.MODEL.META_ARCHITECTURE)
-    names = MetadataCatalog.get(dataset).get("thing_classes", ())
+    names = MetadataCatalog.get(dataset).get(class_names_of(cfg.MODEL.META_ARCHITECTURE), ())
     if key is None or not names:
         return
     value = cfg

@@ -9,6 +9,10 @@ def _run_dense_head(model, features):
     model.head([features[level] for level in model.head_in_features])
 
 
+def _run_sem_seg_head(model, features):
+    model.sem_seg_head.layers(features)
+
+
 _SHARED = {"features": TapSpec("backbone"), "bottom_up": TapSpec("backbone.bottom_up")}
 
 # DenseDetector is the base class of RetinaNet and FCOS. ``dense`` gives, per kind of prediction
@@ -16,6 +20,25 @@ _SHARED = {"features": TapSpec("backbone"), "bottom_up": TapSpec("backbone.botto
 register_taps("DenseDetector", **_SHARED, dense=TapSpec("head", run=_run_dense_head))
 register_taps("GeneralizedRCNN", **_SHARED)
 
+# Every segmentation head of detectron2, and PSPNetHead, ends in a 1x1 convolution ``predictor``:
+# ``sem_seg`` are its logits before upsampling, ``decoder`` is what it reads.
+_SEGMENTATION = {
+    "sem_seg": TapSpec(
+        "sem_seg_head.predictor",
+        run=_run_sem_seg_head,
+        channels=lambda model: model.sem_seg_head.predictor.out_channels,
+    ),
+    "decoder": TapSpec(
+        "sem_seg_head.predictor",
+        run=_run_sem_seg_head,
+        take_input=True,
+        channels=lambda model: model.sem_seg_head.predictor.in_channels,
+    ),
+}
+register_taps("SemanticSegmentor", features=TapSpec("backbone"), **_SEGMENTATION)
+register_taps("PanopticFPN", **_SEGMENTATION)
+
+register_class_key("SemanticSegmentor", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "stuff_classes")
 register_class_key("RetinaNet", "MODEL.RETINANET.NUM_CLASSES")
 register_class_key("GeneralizedRCNN", "MODEL.ROI_HEADS.NUM_CLASSES")
 

@@ -1,4 +1,4 @@
-"""AT, PI, LOCAL and IFVD against golden numbers, plain loops and finite differences (PA: its file)."""
+"""AT, PI, LOCAL and IFVD against golden numbers, plain loops and finite differences."""
 
 import pytest
 import torch
@@ -189,7 +189,7 @@ def test_the_kl_form_has_the_gradient_of_finite_differences():
     assert torch.autograd.gradcheck(lambda s: bernoulli_pi_loss(s, teacher, beta=0.0), student)
 
 
-# --- properties of all -----------------------------------------------------------------------------
+# --- properties of all ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", ALL, ids=lambda x: x.__name__)
@@ -258,7 +258,7 @@ def test_channels_may_differ(loss):
     torch.testing.assert_close(loss(student, wide * scale), loss(student, teacher * scale))
 
 
-# --- each one's own ----------------------------------------------------------------------------------
+# --- each one's own ------------------------------------------------------------------------------
 
 
 def test_attention_is_blind_to_scale():

@@ -1,4 +1,4 @@
-"""PA: the channel form against the matrix of all pairs, also where student and teacher nearly agree."""
+"""PA: the channel form against the matrix of all pairs, also where both sides nearly agree."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """Imitation heads; importing this package registers them."""
 
-from . import cwd, fgfi, icd, mimic, pkd  # noqa: F401
+from . import at, cwd, fgfi, icd, ifvd, local, mimic, pa, pi, pkd  # noqa: F401
 from .base import (
     IMITATION_HEAD_REGISTRY,
     ImitationHead,
