@@ -12,6 +12,8 @@ from .data import register as _register  # noqa: F401
 from .distiller import DistillMetaArch, build_training_model, student_of
 from .errors import ConfigError, DataError
 from .heads import IMITATION_HEAD_REGISTRY, ImitationHead, build_adapters
+from .modeling import dilated as _dilated  # noqa: F401
+from .modeling import pspnet as _pspnet  # noqa: F401
 from .modeling import timm_fpn as _timm_fpn  # noqa: F401
 from .taps import TapSpec, register_class_key, register_pseudo_anchors, register_taps
 from .teacher import Teacher, build_teacher

@@ -78,6 +78,12 @@ def _check_datasets(cfg, training: bool) -> None:
 
 def _check_files(key: str, dataset: str) -> None:
     metadata = MetadataCatalog.get(dataset)
+    for folder in (metadata.get("image_dir"), metadata.get("gt_dir")):
+        if folder and not os.path.isdir(folder):
+            raise ConfigError(
+                f"{key}: data set '{dataset}' needs the folder '{folder}'; put it there, or set "
+                "the environment variable DETECTRON2_DATASETS (datasets/README.md)"
+            )
     file = metadata.get("json_file")
     if file and "://" not in file and not metadata.get("made_on_first_use", False):
         if not os.path.isfile(file):

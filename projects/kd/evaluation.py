@@ -37,12 +37,16 @@ from pycocotools.cocoeval import COCOeval
 from .data.check import repair_ground_truth
 from .data.mapper import NamedErrors
 from .data.register import is_configured
-from .errors import ConfigError
+from .errors import ConfigError, DataError
+from .taps import class_names_of
 
 # Keypoint scale for OKS where neither the config nor COCO has one: the mean of COCO's 17. Ours.
 DEFAULT_OKS_SIGMA = 0.067
 # faster-coco-eval gives pycocotools' numbers to 1e-6 (a test holds it to that) in this series.
 FASTER_SERIES = "1.8."
+
+# evaluator types of data sets that have nothing but label maps
+LABEL_MAPS = ("sem_seg", "cityscapes_sem_seg")
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +88,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     """The evaluator(s) for the data set's ``evaluator_type``.
 
     ``coco``: boxes, masks and keypoints as far as the model predicts them, and semantic
-    segmentation where data set and model have it; ``sem_seg``; ``coco_panoptic_seg`` and
+    segmentation where data set and model have it (that alone for a model that only segments);
+    ``sem_seg``, ``cityscapes_sem_seg`` (with detectron2's mIoU); ``coco_panoptic_seg`` and
     ``ade20k_panoptic_seg``: all of these and the panoptic quality.
 
     Raises:
@@ -94,13 +99,19 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
     metadata = MetadataCatalog.get(dataset_name)
     kind = metadata.get("evaluator_type")
-    if kind not in ("coco", "sem_seg", "coco_panoptic_seg", "ade20k_panoptic_seg"):
+    if kind not in (*LABEL_MAPS, "coco", "coco_panoptic_seg", "ade20k_panoptic_seg"):
         raise ConfigError(
             f"DATASETS.TEST: '{dataset_name}' has evaluator_type {kind}; it can be coco, sem_seg, "
-            "coco_panoptic_seg or ade20k_panoptic_seg"
+            "cityscapes_sem_seg, coco_panoptic_seg or ade20k_panoptic_seg"
         )
     evaluators = []
-    if kind != "sem_seg":
+    segments_only = class_names_of(cfg.MODEL.META_ARCHITECTURE) == "stuff_classes"
+    if segments_only and not metadata.get("stuff_classes"):
+        raise ConfigError(
+            f"DATASETS.TEST: '{dataset_name}' has no label maps to evaluate "
+            f"{cfg.MODEL.META_ARCHITECTURE} with"
+        )
+    if kind not in LABEL_MAPS and not segments_only:
         evaluators.append(_detection_evaluator(cfg, dataset_name, folder))
     if kind != "coco" or metadata.get("stuff_classes"):
         evaluators.append(SemanticEvaluator(dataset_name, output_dir=folder))
@@ -278,11 +289,24 @@ class SemanticEvaluator(SemSegEvaluator):
         self._any = False
 
     def process(self, inputs, outputs):
-        """Count the outputs that hold ``sem_seg``."""
+        """Count the outputs that hold ``sem_seg``; DataError for unusable label maps."""
         pairs = [(i, o) for i, o in zip(inputs, outputs, strict=True) if "sem_seg" in o]
-        if pairs:
+        for item, output in pairs:
             self._any = True
-            super().process(*zip(*pairs, strict=True))
+            path = self.input_file_to_gt_file[item["file_name"]]
+            truth = self.sem_seg_loading_fn(path, dtype=int)
+            if truth.shape != tuple(output["sem_seg"].shape[-2:]):
+                raise DataError(
+                    f"{path}: the label map has {truth.shape[1]}x{truth.shape[0]} pixels, the "
+                    f"prediction {output['sem_seg'].shape[-1]}x{output['sem_seg'].shape[-2]}"
+                )
+            wrong = truth[(truth != self._ignore_label) & (truth >= self._num_classes)]
+            if wrong.size:
+                raise DataError(
+                    f"{path}: label {wrong[0]} is none of {self._num_classes} classes, and not "
+                    f"{self._ignore_label} (ignored)"
+                )
+            super().process([item], [output])
 
     def evaluate(self):
         """``{"sem_seg": {"mIoU": ...}}`` on the main process, nothing without predictions."""

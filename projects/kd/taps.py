@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
 from .errors import ConfigError
@@ -83,6 +84,14 @@ def taps_for(model: nn.Module | type) -> dict[str, TapSpec]:
             f"(register_taps beside the meta-arch); known: {sorted(_TAPS)}"
         )
     return found
+
+
+def offers(arch: str, name: str) -> bool:
+    """Whether a meta-arch, by its name in META_ARCH_REGISTRY, has a tap."""
+    if arch not in META_ARCH_REGISTRY:
+        return False
+    bases = getattr(META_ARCH_REGISTRY.get(arch), "__mro__", ())
+    return any(name in _TAPS.get(base.__name__, {}) for base in bases)
 
 
 def architectures_with(names: Iterable[str]) -> list[str]:
