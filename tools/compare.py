@@ -7,8 +7,9 @@ A suite is a YAML file::
 
     title: what is compared
     dataset: shapes_val                # a data set of DATASETS.TEST
-    baseline: student                  # the row that gains are counted from
-    show: [teacher, student, ...]      # columns of the detection picture
+    task: bbox                         # or segm, keypoints, sem_seg: what the table shows
+    baseline: student                  # the row that gains and costs are counted from
+    show: [teacher, student, ...]      # columns of the picture of detections or label maps
     opts: [KEY, value, ...]            # overrides for every run
     rows:
       - {name: teacher, config: ..., role: teacher}
@@ -44,11 +45,20 @@ import yaml  # noqa: E402
 from projects.kd import load_config  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
-from projects.kd.pictures import ap_bars, ap_curves, detections_side_by_side  # noqa: E402
+from projects.kd.pictures import (  # noqa: E402
+    ap_bars,
+    ap_curves,
+    cost_scatter,
+    detections_side_by_side,
+    label_maps_side_by_side,
+)
 from projects.kd.report import (  # noqa: E402
+    TASK_METRICS,
     last_metrics,
     markdown_table,
     read_jsonl,
+    relative_costs,
+    seconds_per_iteration,
     summarise,
     write_atomically,
 )
@@ -63,6 +73,8 @@ def read_suite(path: str) -> dict:
         raise ConfigError(f"--suite: cannot read '{path}': {error}") from error
     if not isinstance(suite, dict) or not suite.get("rows") or not suite.get("dataset"):
         raise ConfigError(f"--suite: '{path}' needs the entries dataset and rows")
+    if suite.get("task", "bbox") not in TASK_METRICS:
+        raise ConfigError(f"--suite: '{path}': task is none of {', '.join(TASK_METRICS)}")
     for row in suite["rows"]:
         if not {"name", "config"} <= set(row):
             raise ConfigError(f"--suite: '{path}': a row needs name and config: {row}")
@@ -230,6 +242,10 @@ def execute_all(suite: dict, runs: list[Run], output: str, command: str, jobs: i
 
 def write_report(suite: dict, runs: list[Run], output: str, command: str) -> dict:
     """Write report.json, report.md and the pictures from the runs finished so far."""
+    task = suite.get("task", "bbox")
+    metrics = TASK_METRICS[task]
+    first = f"{task}/{metrics[0]}"
+    predictions = "sem_seg_predictions" if task == "sem_seg" else "coco_instances_results"
     rows, curves, detections = [], {}, {}
     for row in suite["rows"]:
         own = [run for run in runs if run.row is row and run.seconds() is not None]
@@ -240,26 +256,29 @@ def write_report(suite: dict, runs: list[Run], output: str, command: str) -> dic
         rows.append(
             summarise(
                 name,
-                [last_metrics(run.dir) for run in own],
+                [last_metrics(run.dir, task) for run in own],
+                metrics,
                 config=row["config"],
+                seconds_per_iteration=seconds_per_iteration([run.dir for run in own]),
                 seconds_per_run=round(sum(seconds) / len(seconds), 1),
             )
         )
         points = [
-            (line["iteration"] + 1, line["bbox/AP"])
+            (line["iteration"] + 1, line[first])
             for line in read_jsonl(os.path.join(own[0].dir, "metrics.json"))
-            if math.isfinite(line.get("bbox/AP", math.nan))
+            if math.isfinite(line.get(first, math.nan))
         ]
         curves[name] = points
         inference = os.path.join(own[0].dir, "inference")
         for folder in (os.path.join(inference, suite["dataset"]), inference):
-            file = os.path.join(folder, "coco_instances_results.json")
+            file = os.path.join(folder, f"{predictions}.json")
             if os.path.isfile(file):
                 detections[name] = file
                 break
     report = {
         "title": suite.get("title", ""),
         "dataset": suite["dataset"],
+        "task": task,
         "command": command,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, "
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
@@ -268,23 +287,29 @@ def write_report(suite: dict, runs: list[Run], output: str, command: str) -> dic
     }
     write_atomically(os.path.join(output, "report.json"), json.dumps(report, indent=2) + "\n")
     baseline = suite.get("baseline")
+    teachers = {row["name"] for row in suite["rows"] if row.get("role") == "teacher"}
     text = (
-        f"# {report['title'] or 'Comparison'}\n\nAP on {report['dataset']}, mean over seeds with "
-        f"the sample deviation.\n\n{markdown_table(rows, baseline)}\n"
+        f"# {report['title'] or 'Comparison'}\n\n{metrics[0]} on {report['dataset']}, mean over "
+        f"seeds with the sample deviation; cost is the time of an iteration beside the baseline's."
+        f"\n\n{markdown_table(rows, baseline, metrics)}\n"
         f"`{command}`\n\n{report['machine']}; {report['versions']}\n"
     )
     write_atomically(os.path.join(output, "report.md"), text)
     if rows:
-        ap_bars(rows, os.path.join(output, "ap.png"), report["title"])
+        ap_bars(rows, os.path.join(output, "ap.png"), report["title"], metrics[0])
+        costs = relative_costs([row for row in rows if row["name"] not in teachers], baseline)
+        points = {row["name"]: (costs[row["name"]], row[metrics[0]]) for row in rows
+                  if row["name"] in costs and row[metrics[0]] is not None}  # fmt: skip
+        if len(points) > 1:
+            cost_scatter(points, os.path.join(output, "cost.png"), metrics[0])
     if any(len(points) > 1 for points in curves.values()):
-        ap_curves(curves, os.path.join(output, "curves.png"))
+        ap_curves(curves, os.path.join(output, "curves.png"), metrics[0])
     shown = [name for name in suite.get("show", detections) if name in detections]
     if shown:
-        detections_side_by_side(
-            suite["dataset"],
-            {name: detections[name] for name in shown},
-            os.path.join(output, "detections.png"),
-        )
+        draw = label_maps_side_by_side if task == "sem_seg" else detections_side_by_side
+        picture = "label_maps.png" if task == "sem_seg" else "detections.png"
+        found = {name: detections[name] for name in shown}
+        draw(suite["dataset"], found, os.path.join(output, picture))
     return report
 
 
@@ -315,7 +340,8 @@ def main() -> None:
         start = time.time()
         command = shlex.join(["python", "tools/compare.py", *sys.argv[1:]])
         report = execute_all(suite, runs, args.output, command, args.jobs)
-        print(f"\n{markdown_table(report['rows'], suite.get('baseline'))}")
+        metrics = TASK_METRICS[report["task"]]
+        print(f"\n{markdown_table(report['rows'], suite.get('baseline'), metrics)}")
         print(f"{time.time() - start:.0f} s; report and pictures in {args.output}")
 
 

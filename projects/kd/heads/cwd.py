@@ -19,7 +19,7 @@ def add_cwd_config(cfg) -> None:
     # Temperature of the softmax over positions.
     node.TAU = 1.0
     # "features" = backbone outputs; "dense" = classification logits of a one-stage head;
-    # "sem_seg" = class logits of a segmentation head; "decoder" = what that head's last layer reads.
+    # "sem_seg" = class logits of a segmentation head; "decoder" = what their last layer reads.
     node.TARGET = "features"
 
 

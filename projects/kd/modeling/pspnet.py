@@ -1,6 +1,7 @@
 """PSPNet: a segmentation head on a dilated backbone (Zhao et al., CVPR 2017).
 
-``MODEL.SEM_SEG_HEAD.NAME: "PSPNetHead"`` with the meta-arch ``SemanticSegmentor`` and a backbone of output stride 8: ``build_dilated_resnet_backbone`` or ``build_plain_timm_backbone``.
+``MODEL.SEM_SEG_HEAD.NAME: "PSPNetHead"`` with the meta-arch ``SemanticSegmentor`` and a backbone of
+output stride 8: ``build_dilated_resnet_backbone`` or ``build_plain_timm_backbone``.
 """
 
 from __future__ import annotations
