@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from detectron2.structures import Boxes, pairwise_iou
+from detectron2.structures import Boxes, ImageList, pairwise_iou
 
 from .distiller import build_training_model
 from .engine.optim import build_optimizations
 from .measure import random_batch, settle_norms
-from .taps import class_key
+from .taps import class_key, offers
 
 
 class Bench:
@@ -31,14 +31,21 @@ class Bench:
         torch.manual_seed(0)
         self.model = build_training_model(self.cfg).train()
         self.device = self.model.device
-        self.batch = random_batch(image_size, boxes, self._classes())
+        segments = offers(self.cfg.MODEL.META_ARCHITECTURE, "sem_seg")
+        self.batch = random_batch(image_size, boxes, self._classes(), label_maps=segments)
         self.images = [x["image"] for x in self.batch]
         student, teacher = self.model.student, self.model.teacher.model
         for detector in (student, teacher):
-            settle_norms(detector.backbone, detector.preprocess_image(self.batch).tensor)
+            settle_norms(detector.backbone, self._input(detector))
         amp = self.cfg.SOLVER.AMP
         self.dtype = getattr(torch, amp.DTYPE) if amp.ENABLED else None
         self.ctx = self._observe()
+
+    def _input(self, detector) -> torch.Tensor:
+        """(N, 3, H, W) as the detector normalises and pads it."""
+        mean, std = detector.pixel_mean, detector.pixel_std
+        images = [(image.to(mean.device) - mean) / std for image in self.images]
+        return ImageList.from_tensors(images, detector.backbone.size_divisibility).tensor
 
     def _classes(self) -> int:
         value = self.cfg

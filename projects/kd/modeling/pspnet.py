@@ -14,6 +14,7 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+from detectron2.utils import comm
 from torch import nn
 
 from ..config import register_config
@@ -155,10 +156,11 @@ class PSPNetHead(nn.Module):
     def layers(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Logits (N, num_classes, H, W) on the grid of the pooled feature."""
         x = features[self.in_feature]
-        if self.training and len(x) == 1 and self.norm == "BN" and 1 in self.bins:
+        alone = self.norm == "BN" or (self.norm == "SyncBN" and comm.get_world_size() == 1)
+        if self.training and alone and len(x) == 1 and 1 in self.bins:
             raise ConfigError(
-                "MODEL.SEM_SEG_HEAD.NORM: 'BN' over the 1x1 grid of PSPNet needs two images in a "
-                "process; use SyncBN or a larger SOLVER.IMS_PER_BATCH"
+                f"MODEL.SEM_SEG_HEAD.NORM: '{self.norm}' over the 1x1 grid of PSPNet needs two "
+                "images (SyncBN: in all processes together); raise SOLVER.IMS_PER_BATCH"
             )
         pooled = [
             F.interpolate(
