@@ -60,6 +60,13 @@ _NETWORKS = {
         "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": 4,
     },
 }
+_NETWORKS["deeplabv3"] = {
+    **_NETWORKS["deeplab"],
+    "MODEL.SEM_SEG_HEAD.NAME": "DeepLabV3Head",
+    "MODEL.SEM_SEG_HEAD.IN_FEATURES": ["res5"],
+    "MODEL.RESNETS.OUT_FEATURES": ["res5"],
+    "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": 16,
+}
 NETWORKS = tuple(_NETWORKS)
 
 

@@ -10,7 +10,8 @@ def _run_dense_head(model, features):
 
 
 def _run_sem_seg_head(model, features):
-    model.sem_seg_head.layers(features)
+    head = model.sem_seg_head
+    getattr(head, "layers", head)(features)  # without the upsampling, where it can be left out
 
 
 _SHARED = {"features": TapSpec("backbone"), "bottom_up": TapSpec("backbone.bottom_up")}
@@ -20,8 +21,8 @@ _SHARED = {"features": TapSpec("backbone"), "bottom_up": TapSpec("backbone.botto
 register_taps("DenseDetector", **_SHARED, dense=TapSpec("head", run=_run_dense_head))
 register_taps("GeneralizedRCNN", **_SHARED)
 
-# Every segmentation head of detectron2, and PSPNetHead, ends in a 1x1 convolution ``predictor``:
-# ``sem_seg`` are its logits before upsampling, ``decoder`` is what it reads.
+# SemSegFPNHead, DeepLab's heads and PSPNetHead end in a 1x1 convolution ``predictor``: ``sem_seg``
+# are its logits before upsampling, ``decoder`` is what it reads.
 _SEGMENTATION = {
     "sem_seg": TapSpec(
         "sem_seg_head.predictor",

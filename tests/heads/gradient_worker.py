@@ -48,7 +48,7 @@ CASES = {
         Case("AT"),
         Case("LOCAL"),
         Case("PA"),
-        Case("IFVD"),
+        Case("IFVD", {"WEIGHT": 1.0}),
         Case("PI", {"TARGET": "dense"}, whole_batch=True),
         Case("FGFI", {"WEIGHT": 1.0}, whole_batch=True),
         Case("FGFI", {"WEIGHT": 1.0}, boxes=(4, 0), whole_batch=True),
@@ -97,6 +97,8 @@ def batch_of(ranks, case: Case):
         ctx.gt += other.gt
         for level, feature in other.teacher_features.items():
             ctx.teacher_features[level] = torch.cat([ctx.teacher_features[level], feature])
+        pairs = zip(ctx.teacher_outputs["dense"][0], other.teacher_outputs["dense"][0], strict=True)
+        ctx.teacher_outputs["dense"] = ([torch.cat(pair) for pair in pairs],)
     return torch.cat(images), ctx
 
 
