@@ -221,5 +221,6 @@ def test_a_segmentor_needs_label_maps():
 def test_cityscapes_without_its_files_is_refused():
     cfg = segmentor_cfg(MODEL__SEM_SEG_HEAD__NUM_CLASSES=19)
     cfg.DATASETS.TRAIN = ("cityscapes_fine_sem_seg_train",)
+    cfg.DATASETS.TEST = ("cityscapes_fine_sem_seg_val",)
     with pytest.raises(ConfigError, match="DATASETS.T.*needs the folder .*cityscapes.*DETECTRON2"):
         check_config(cfg)
