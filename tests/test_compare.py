@@ -182,3 +182,20 @@ def test_a_suite_without_rows_is_refused(compare, tmp_path):
     path.write_text("rows: [")
     with pytest.raises(ConfigError, match="cannot read"):
         compare.read_suite(str(path))
+
+
+def test_an_unknown_task_is_refused(compare, tmp_path):
+    path = tmp_path / "suite.yaml"
+    rows = [{"name": "a", "config": "b"}]
+    path.write_text(yaml.safe_dump({"dataset": "x", "rows": rows, "task": "boxes"}))
+    with pytest.raises(ConfigError, match="task is none of bbox, segm, keypoints, sem_seg"):
+        compare.read_suite(str(path))
+
+
+def test_the_shipped_suites_are_read_and_name_existing_configs(compare):
+    root = Path(__file__).resolve().parents[1]
+    for path in (root / "configs" / "suites").glob("*.yaml"):
+        suite = compare.read_suite(str(path))
+        names = [row["name"] for row in suite["rows"]]
+        assert suite["baseline"] in names and set(suite["show"]) <= set(names), path
+        assert all((root / row["config"]).is_file() for row in suite["rows"]), path

@@ -336,7 +336,8 @@ def main() -> None:
             ]
         os.makedirs(args.output, exist_ok=True)
         runs = make_runs(suite, args.seeds, args.output, opts)
-        register_configured(load_config(suite["rows"][0]["config"], [str(x) for x in opts]))
+        first = runs[0]
+        register_configured(load_config(first.row["config"], [str(x) for x in first.opts]))
         start = time.time()
         command = shlex.join(["python", "tools/compare.py", *sys.argv[1:]])
         report = execute_all(suite, runs, args.output, command, args.jobs)
