@@ -59,12 +59,9 @@ class Bench:
 
     @torch.no_grad()
     def teacher(self):
-        """The teacher's input and backbone, as every step runs them."""
+        """The teacher's input and its forward pass, as far as the heads read it."""
         with self.autocast():
-            tensor = self.model.teacher.preprocess(
-                self.images, self.ctx.canvas, self.model.image_format
-            )
-            return self.model.teacher.model.backbone(tensor)
+            return self.model.teacher.observe(self.images, self.ctx.canvas, self.model.image_format)
 
     def step(self, model=None):
         """A function that trains ``model`` (the student alone by default) for one step.
@@ -90,7 +87,7 @@ class Bench:
         return run
 
     def base(self):
-        """Teacher's backbone and student step: what distillation cannot do without."""
+        """Teacher's forward pass and student step: what distillation cannot do without."""
         step = self.step()
 
         def run():
