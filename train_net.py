@@ -17,7 +17,7 @@ import os
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup, hooks
 from detectron2.evaluation import verify_results
-from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
+from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
@@ -31,6 +31,7 @@ from projects.kd.engine.trainer import DistillTrainer
 from projects.kd.errors import ConfigError, exit_on_user_error
 from projects.kd.evaluation import evaluate
 from projects.kd.files import resolve_config
+from projects.kd.tta import tta_class
 
 logger = logging.getLogger("detectron2.train_net")
 
@@ -72,7 +73,7 @@ def setup(args) -> CfgNode:
 def test_with_tta(cfg: CfgNode, student):
     """Results with test-time augmentation (TEST.AUG), keys marked with _TTA."""
     folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
-    results = evaluate(cfg, GeneralizedRCNNWithTTA(cfg, student), output_dir=folder)
+    results = evaluate(cfg, tta_class(cfg)(cfg, student), output_dir=folder)
     return {f"{key}_TTA": value for key, value in results.items()}
 
 
@@ -96,8 +97,8 @@ def evaluate_only(cfg: CfgNode, args):
 def main(args):
     """What every process of the run executes."""
     cfg = setup(args)
-    if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
-        raise ConfigError("TEST.AUG.ENABLED needs MODEL.META_ARCHITECTURE GeneralizedRCNN")
+    if cfg.TEST.AUG.ENABLED:
+        tta_class(cfg)  # refused before anything is trained
     if args.eval_only:
         return evaluate_only(cfg, args)
     trainer = DistillTrainer(cfg)

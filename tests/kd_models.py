@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from projects.kd import add_kd_config, build_training_model
+from projects.kd.levels import scaled_size
 
 CLASSES = 3
 
@@ -65,6 +67,20 @@ _ARCHS = {
         "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
         "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
     },
+    "ConditionalDETR": {
+        "MODEL.META_ARCHITECTURE": "ConditionalDETR",
+        "MODEL.BACKBONE.NAME": "build_detr_resnet_backbone",
+        "MODEL.RESNETS.OUT_FEATURES": ["res4"],
+        "MODEL.CONDITIONAL_DETR.IN_FEATURE": "res4",
+        "MODEL.CONDITIONAL_DETR.NUM_CLASSES": CLASSES,
+        "MODEL.CONDITIONAL_DETR.NUM_QUERIES": 12,
+        "MODEL.CONDITIONAL_DETR.HIDDEN_DIM": 16,
+        "MODEL.CONDITIONAL_DETR.NHEADS": 4,
+        "MODEL.CONDITIONAL_DETR.DIM_FEEDFORWARD": 24,
+        "MODEL.CONDITIONAL_DETR.DROPOUT": 0.0,
+        "MODEL.CONDITIONAL_DETR.ENC_LAYERS": 1,
+        "MODEL.CONDITIONAL_DETR.DEC_LAYERS": 3,
+    },
 }
 
 
@@ -118,7 +134,9 @@ def build_wrapper(cfg, seed: int = 2):
     return build_training_model(cfg).train()
 
 
-def make_batch(sizes=((64, 96), (96, 64)), boxes: int = 2, seed: int = 0) -> list[dict]:
+def make_batch(
+    sizes=((64, 96), (96, 64)), boxes: int = 2, seed: int = 0, teacher_scale: float = 1.0
+) -> list[dict]:
     """Random images of (height, width) with ground-truth boxes XYXY in their pixels."""
     generator = torch.Generator().manual_seed(seed)
     batch = []
@@ -130,6 +148,9 @@ def make_batch(sizes=((64, 96), (96, 64)), boxes: int = 2, seed: int = 0) -> lis
         instances.gt_classes = torch.randint(CLASSES, (boxes,), generator=generator)
         image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
         batch.append({"image": image, "instances": instances, "height": height, "width": width})
+        if teacher_scale != 1:
+            size = scaled_size((height, width), teacher_scale)
+            batch[-1]["image_teacher"] = F.interpolate(image[None], size=size)[0]
     return batch
 
 

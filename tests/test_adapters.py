@@ -1,5 +1,7 @@
 """Channel adapters and the resizing of teacher features."""
 
+import itertools
+
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
@@ -75,3 +77,29 @@ def test_other_sizes_are_bilinear_with_half_pixel_centres():
     torch.testing.assert_close(result, torch.tensor([[[[0.25, 1.75]]]]))
     larger = align_spatial(torch.tensor([[[[0.0, 1.0]]]]), torch.empty(1, 1, 1, 4))
     torch.testing.assert_close(larger, torch.tensor([[[[0.0, 0.25, 0.75, 1.0]]]]))
+
+
+@pytest.mark.parametrize("wanted", [(3, 4), (2, 6), (9, 10)])
+def test_cells_outside_of_the_mask_take_no_part_in_a_mean(wanted):
+    """Brute force for whole multiples; a constant stays one for all sizes."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(2, 3, 6, 12, generator=generator)
+    valid = torch.zeros(2, 1, 6, 12, dtype=torch.bool)
+    valid[0, :, :3, :7] = valid[1, :, :5, :] = True
+    spoiled = teacher.masked_fill(~valid, float("nan"))
+    result = align_spatial(spoiled, torch.zeros(2, 1, *wanted), valid)
+    assert result.isfinite().all()
+    constant = torch.full_like(teacher, 2.5).masked_fill(~valid, float("inf"))
+    flat = align_spatial(constant, torch.zeros(2, 1, *wanted), valid)
+    torch.testing.assert_close(flat[flat != 0], torch.full_like(flat[flat != 0], 2.5))
+    assert (flat != 0).any()
+    if 6 % wanted[0] or 12 % wanted[1]:
+        return
+    height, width = 6 // wanted[0], 12 // wanted[1]
+    for n, row, column in itertools.product(range(2), range(wanted[0]), range(wanted[1])):
+        rows = slice(row * height, (row + 1) * height)
+        columns = slice(column * width, (column + 1) * width)
+        inside = valid[n, 0, rows, columns]
+        block = teacher[n, :, rows, columns][:, inside]
+        expected = block.mean(1) if inside.any() else torch.zeros(3)
+        torch.testing.assert_close(result[n, :, row, column], expected)

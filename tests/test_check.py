@@ -53,6 +53,8 @@ def test_a_good_config_passes(cfg):
             r"^SOLVER\.CLIP_GRADIENTS\.CLIP_TYPE.*full_model",
         ),
         ("SOLVER.AMP.DTYPE", "half", r"^SOLVER\.AMP\.DTYPE.*bfloat16"),
+        ("KD.TEACHER.INPUT_SCALE", 0.0, r"^KD\.TEACHER\.INPUT_SCALE is 0\.0.*positive"),
+        ("KD.TEACHER.INPUT_SCALE", -2.0, r"^KD\.TEACHER\.INPUT_SCALE is -2\.0.*positive"),
         ("SOLVER.ACCUM_STEPS", 0, r"^SOLVER\.ACCUM_STEPS is 0"),
         ("SOLVER.GATHER_METRIC_PERIOD", 0, r"^SOLVER\.GATHER_METRIC_PERIOD is 0"),
         ("SOLVER.MAX_ITER", 0, r"^SOLVER\.MAX_ITER is 0"),
@@ -76,7 +78,7 @@ def test_a_good_config_passes(cfg):
         ("KD.LEVEL_MAP", ["p3", "p4"], r"^KD\.LEVEL_MAP"),
         ("KD.LEVEL_MAP", [["p3"]], r"^KD\.LEVEL_MAP"),
         ("KD.START_ITER", -1, r"KD\.MIMIC \(or KD\).*START_ITER"),
-        ("KD.MIMIC.WARMUP_ITERS", -3, r"KD\.MIMIC.*WARMUP_ITERS"),
+        ("KD.MIMIC.WARMUP_ITERS", -4, r"KD\.MIMIC.*WARMUP_ITERS"),
         ("KD.MIMIC.END_ITER", -5, r"KD\.MIMIC.*END_ITER -5"),
     ],
 )

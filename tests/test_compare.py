@@ -112,6 +112,27 @@ def test_teacher_first_then_seed_by_seed_with_its_weights(compare, suite, tmp_pa
     assert len({run.dir for run in runs}) == 5
 
 
+def test_of_several_teachers_each_row_gets_the_one_it_names(compare, tmp_path):
+    suite = compare.read_suite("configs/suites/shapes_detectors.yaml")
+    runs = compare.make_runs(suite, [1], str(tmp_path), [])
+    teachers = [run for run in runs if run.row.get("role") == "teacher"]
+    assert len(teachers) == 9 and runs[:9] == teachers
+    for run in runs[9:]:
+        family = run.row["config"].split("_student")[0]
+        if run.row["config"].endswith("_student.yaml"):
+            assert run.teacher is None and "KD.TEACHER.WEIGHTS" not in run.opts
+        else:
+            assert run.teacher.row["config"] == f"{family}_teacher.yaml"
+            weights = run.opts[run.opts.index("KD.TEACHER.WEIGHTS") + 1]
+            assert weights == os.path.join(run.teacher.dir, "model_final.pth")
+    suite["rows"] = [row for row in suite["rows"] if row["name"] != "FCOS teacher"]
+    with pytest.raises(ConfigError, match="'FCOS student.CWD' learns from .*fcos_teacher.yaml"):
+        compare.make_runs(suite, [1], str(tmp_path), [])
+    suite["rows"] += [dict(suite["rows"][0], name="again")]
+    with pytest.raises(ConfigError, match="same config"):
+        compare.make_runs(suite, [1], str(tmp_path), [])
+
+
 def test_report_and_pictures(compare, suite, tmp_path, toy_data, monkeypatch):
     commands = fake_training(monkeypatch, compare, [30.0, 1.0, 4.0, 3.0, 8.0])
     report = execute(compare, suite, tmp_path / "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,15 @@ CONFIGS = sorted(
     if path.parent.name != "suites"  # lists of runs for tools/compare.py
 )
 RUNNABLE = [name for name in CONFIGS if not Path(name).name.startswith("Base-")]
-# those of ICD, which clip gradients, are compared in test_icd_configs.py
-COCO = [name for name in RUNNABLE if name.startswith("COCO-Detection/") and "_icd" not in name]
+# compared in files of their own: test_icd_configs.py, test_sdf_configs.py, test_csa_configs.py
+ELSEWHERE = ("_icd", "_sdf", "_hires", "_400", "_csa", "_output_kd")
+# further detectors, backbones and pairs: test_detector_configs.py
+COCO = [
+    name
+    for name in RUNNABLE
+    if re.match(r"COCO-Detection/(retinanet|faster_rcnn)_R\d+_FPN_(from_R101_|1x)", name)
+    and not any(part in name for part in ELSEWHERE)
+]
 ZOO = "model_zoo://COCO-Detection/"
 
 
@@ -46,7 +54,7 @@ def test_builds_with_its_teacher_and_heads(name):
     cfg = load(name)
     cfg.MODEL.DEVICE = "meta"
     cfg.KD.TEACHER.WEIGHTS = ""
-    cfg.MODEL.TIMM.WEIGHTS = ""
+    cfg.MODEL.TIMM.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED = "", False
     cfg.KD.TEACHER.OPTS = ["MODEL.WEIGHTS", "", "MODEL.TIMM.WEIGHTS", ""]
     cfg.KD.TEACHER.ALLOW_MISSING = True
     with torch.device("meta"):

@@ -5,6 +5,7 @@ import torch
 from detectron2.utils.events import EventStorage
 
 from projects.kd import DistillContext
+from projects.kd.levels import scaled_size
 
 
 def make_context(sizes, canvas, strides, **kwargs):
@@ -70,3 +71,29 @@ def test_scalars_are_logged_in_logging_iterations_only(value):
         assert "kd/x" not in storage.histories()
         make_context([(8, 8)], (8, 8), {"p3": 8}, log_scalars=True).put_scalar("kd/x", value)
         assert storage.latest()["kd/x"][0] == 2.5
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, 3.0, 0.5])
+def test_the_teachers_masks_are_those_of_its_own_images(scale):
+    generator = torch.Generator().manual_seed(0)
+    strides = {"p3": 8, "p4": 16}
+    for _ in range(10):
+        sizes = [tuple(x) for x in torch.randint(1, 100, (3, 2), generator=generator).tolist()]
+        canvas = tuple(-(-max(s[axis] for s in sizes) // 32) * 32 for axis in (0, 1))
+        theirs = [scaled_size(size, scale) for size in sizes]
+        ctx = make_context(sizes, canvas, strides, teacher_scale=scale)
+        larger = make_context(theirs, scaled_size(canvas, scale), strides)
+        ctx.teacher_features = larger.teacher_features
+        for level in strides:
+            mask = ctx.teacher_valid_mask(level)
+            assert torch.equal(mask, larger.valid_mask(level))
+            assert ctx.teacher_has_padding(level) == (not mask.all())
+            assert mask is ctx.teacher_valid_mask(level)
+            assert ctx.valid_mask(level).shape[-2:] == ctx.student_features[level].shape[-2:]
+
+
+def test_a_teachers_own_strides_and_sizes_come_first():
+    ctx = make_context([(20, 40)], (32, 64), {"p3": 8}, teacher_scale=2.0)
+    ctx.teacher_features = {"p3": torch.zeros(1, 1, 4, 8)}
+    ctx.teacher_strides, ctx.teacher_image_sizes = {"p3": 16}, [(33, 80)]
+    assert ctx.teacher_valid_mask("p3")[0, 0].sum() == 3 * 5

@@ -32,7 +32,11 @@ def test_the_table_covers_every_icd_config():
         for student, (folder, *_) in RUNS.items()
         for kind in ("", "_inherit")
     }
-    found = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("COCO-*/*_icd*.yaml")}
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.glob("COCO-*/*_icd*.yaml")
+        if path.name.split("_FPN_")[0] in RUNS  # others: test_detector_configs.py
+    }
     assert names == found
 
 

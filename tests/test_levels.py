@@ -8,7 +8,14 @@ from detectron2.structures import ImageList
 from torch import nn
 
 from projects.kd import ConfigError
-from projects.kd.levels import canvas_size, common_divisibility, padded_to, pair_levels
+from projects.kd.levels import (
+    canvas_size,
+    common_divisibility,
+    padded_to,
+    pair_levels,
+    scaled_divisibility,
+    scaled_size,
+)
 
 
 class Backbone(nn.Module):
@@ -110,3 +117,65 @@ def test_padding_is_raised_inside_and_restored_after(backbones):
     assert backbone.size_divisibility == 32
     with padded_to(Backbone(32, p3=8), 32):
         pass  # nothing to change, so a backbone without the attribute will do
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "expected"),
+    [
+        ((3, 5), 0.5, (2, 3)),
+        ((25, 33), 1.5, (38, 50)),
+        ((1, 2), 0.1, (1, 1)),
+        ((7, 9), 2, (14, 18)),
+    ],
+)
+def test_sizes_are_rounded_halves_up(size, scale, expected):
+    assert scaled_size(size, scale) == expected
+
+
+SAME = {"p3": (8, 8), "p7": (128, 128)}
+SHIFTED = {"p3": (8, 16), "p6": (64, 128)}
+
+
+@pytest.mark.parametrize(
+    ("scale", "strides", "padding", "expected"),
+    [
+        (1.0, SAME, 32, 32),
+        (1.0, {"p3": (8, 24)}, 48, 48),  # at scale 1 nothing but the teacher's own rule
+        (2.0, SAME, 32, 128),
+        (2.0, {"p3": (8, 8), "p5": (32, 32)}, 32, 32),
+        (3.0, SAME, 32, 128),
+        (0.5, SAME, 32, 256),
+        (2.0, SHIFTED, 32, 64),  # level l of the student with l + 1 of the teacher: equal grids
+        (1.5, {"p3": (16, 24)}, 24, 16),
+        (1 / 3, {"p3": (8, 8)}, 8, 24),
+    ],
+)
+def test_grids_are_exact_multiples_on_the_smallest_canvas(scale, strides, padding, expected):
+    found = scaled_divisibility(scale, strides, padding)
+    assert found == expected
+
+    def fits(side):
+        theirs = round(scale * side)
+        return (
+            abs(theirs - scale * side) < 1e-6
+            and theirs % padding == 0
+            and all(side % a == 0 and theirs % b == 0 for a, b in strides.values())
+        )
+
+    if scale != 1:
+        assert next(side for side in range(1, 10**4) if fits(side)) == found
+
+
+@pytest.mark.parametrize("scale", [1.3, 1.5, 0.75, 2.001, 3.14159])
+def test_scales_whose_grids_cannot_match_are_refused(scale):
+    with pytest.raises(
+        ConfigError, match=r"^KD\.TEACHER\.INPUT_SCALE .*p3.*KD\.LEVEL_MAP"
+    ) as error:
+        scaled_divisibility(scale, SAME, 32)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("scale", [0.0, -2.0, float("nan"), float("inf")])
+def test_scales_that_are_not_positive_are_refused(scale):
+    with pytest.raises(ConfigError, match=r"^KD\.TEACHER\.INPUT_SCALE is .*positive"):
+        scaled_divisibility(scale, SAME, 32)

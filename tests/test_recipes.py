@@ -48,6 +48,8 @@ ONE_STAGE_LEVELS, TWO_STAGE_LEVELS = ("p3", "p4", "p5", "p6"), ("p2", "p3", "p4"
         (RETINA_STUDENT, RETINA_TEACHER, "FGFI", "FGFI", 0.01, ()),
         (RETINA_STUDENT, RETINA_TEACHER, "mimic", "Mimic", 1.0, ()),
         (RETINA_STUDENT, RETINA_TEACHER, "icd", "ICD", 8.0, ()),
+        (RETINA_STUDENT, RETINA_TEACHER, "sdf", "SDF", 0.3, ()),
+        (RCNN_STUDENT, RCNN_TEACHER, "SDF", "SDF", 0.3, ()),
         (RCNN_STUDENT, RCNN_TEACHER, "icd", "ICD", 3.0, ()),
         (RCNN_STUDENT, RCNN_TEACHER, "", "PKD", 6.0, TWO_STAGE_LEVELS),
         (RCNN_STUDENT, RCNN_TEACHER, "CWD", "CWD", 10.0, TWO_STAGE_LEVELS),

@@ -8,6 +8,7 @@ import pytest
 
 from projects.kd.report import (
     TASK_METRICS,
+    further_tasks,
     last_metrics,
     markdown_table,
     read_jsonl,
@@ -62,6 +63,21 @@ def test_table_shows_gains_over_the_baseline():
     assert "+3.5" in lines[4]
     assert "gain" not in markdown_table(rows, None)
     assert "gain" not in markdown_table(rows, "no such row")
+
+
+def test_columns_of_further_tasks_appear_where_there_are_any(tmp_path):
+    for seed, ap in enumerate((10.0, 20.0)):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        line = {"iteration": 9, "bbox/AP": 1.0, "segm/AP": ap, "keypoints/AP": float("nan")}
+        (folder / "metrics.json").write_text(json.dumps(line) + "\n")
+    found = further_tasks([str(tmp_path / "0"), str(tmp_path / "1")])
+    assert found == {"mask AP": 15.0}
+    rows = [summarise("a", [{"AP": 1.0}], **found), summarise("b", [{"AP": 2.0}])]
+    lines = markdown_table(rows).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert "mask AP" in lines[0] and "keypoint AP" not in lines[0]
+    assert "| 15.0 | 1 |" in lines[2] and "| - | 1 |" in lines[3]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -7,11 +7,12 @@ import weakref
 import kd_models
 import pytest
 import torch
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from projects.kd import ConfigError, TapSpec, register_taps
-from projects.kd.taps import FeatureTaps, architectures_with, class_key, taps_for
+from projects.kd.taps import FeatureTaps, architectures_with, class_key, tapped_module, taps_for
 
 ARCHS = ("RetinaNet", "GeneralizedRCNN")
 
@@ -136,6 +137,16 @@ def test_an_unregistered_architecture_is_refused_with_the_known_ones():
         taps_for(Toy())
 
 
+def test_the_module_behind_a_tap():
+    model = kd_models.build(kd_models.tiny_cfg())
+    assert tapped_module(model, "bottom_up") is model.backbone.bottom_up
+    with pytest.raises(ConfigError, match=r"RetinaNet registered no tap 'masks'; .*bottom_up"):
+        tapped_module(model, "masks")
+    model.backbone = model.backbone.bottom_up
+    with pytest.raises(ConfigError, match=r"tap 'bottom_up': RetinaNet has no module"):
+        tapped_module(model, "bottom_up")
+
+
 def test_class_keys_of_detectron2():
     assert class_key("RetinaNet") == "MODEL.RETINANET.NUM_CLASSES"
     assert class_key("GeneralizedRCNN") == "MODEL.ROI_HEADS.NUM_CLASSES"
@@ -145,6 +156,10 @@ def test_class_keys_of_detectron2():
 def _tensors(value):
     if isinstance(value, torch.Tensor):
         yield value
+    elif isinstance(value, Boxes):
+        yield value.tensor
+    elif isinstance(value, Instances):
+        yield from _tensors(value.get_fields())
     elif isinstance(value, dict):
         for item in value.values():
             yield from _tensors(item)

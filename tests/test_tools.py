@@ -147,6 +147,16 @@ def test_calibrate_at_the_suggested_weight_reaches_the_target(config):
     assert zero["weighted_loss"]["median"] == 0.0 < zero["raw_loss"]["median"]
 
 
+def test_calibrate_measures_heads_on_backbone_stages_there(config):
+    """At the pyramid's levels SDF has no gradient at all."""
+    calibrate = tool("calibrate")
+    words = ("--config-file", config, "--batches", 1, "--target", 0.3)
+    words = (*words, "KD.HEADS", "('SDF',)", "KD.SDF.EMBED_DIM", 8)
+    weight = calibrate(*words)["heads"]["SDF"]["suggested_weight"]
+    entry = calibrate(*words, "KD.SDF.WEIGHT", weight)["heads"]["SDF"]
+    assert weight > 0 and entry["share"]["median"] == pytest.approx(0.3, rel=1e-4)
+
+
 def test_calibrate_refuses_what_it_cannot_measure(config):
     calibrate = tool("calibrate")
     with pytest.raises(ConfigError, match=r"KD\.META_ARCHITECTURE"):
@@ -186,6 +196,9 @@ def test_teacher_on_the_students_input_keeps_its_channel_order(config, evaluated
     tool("evaluate_teacher")("--config-file", config, "--student-input")
     cfg = evaluated[0][0]
     assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT) == (64, 96, "RGB")
+    options = ("--student-input", "KD.TEACHER.INPUT_SCALE", "2.0")
+    tool("evaluate_teacher")("--config-file", config, *options)
+    assert (evaluated[1][0].INPUT.MIN_SIZE_TEST, evaluated[1][0].INPUT.MAX_SIZE_TEST) == (128, 192)
 
 
 def test_an_ordinary_config_is_its_own_teacher(config, folder, evaluated):

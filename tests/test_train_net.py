@@ -100,7 +100,8 @@ def test_flags_that_belong_together(config):
     with pytest.raises(ConfigError, match="--method need --teacher"):
         run("--config-file", path, "--method", "CWD")
     with pytest.raises(ConfigError, match="TEST.AUG.ENABLED"):
-        run("--config-file", path, "--eval-only", "TEST.AUG.ENABLED", "True")
+        options = ["MODEL.META_ARCHITECTURE", "ProposalNetwork", "TEST.AUG.ENABLED", "True"]
+        run("--config-file", path, "--eval-only", *options)
 
 
 def test_user_errors_are_one_line_and_status_2(tmp_path):

@@ -99,7 +99,9 @@ def configs(args) -> dict:
         zoo = f"model_zoo://COCO-Detection/{BUILT_IN[name]}.yaml"
         student = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
         teacher = ["KD.META_ARCHITECTURE", "DistillMetaArch", "KD.TEACHER.CONFIG_FILE", zoo]
-        found[name] = load_config(zoo, [*student, *teacher, "KD.HEADS", HEADS, *args.opts])
+        # noise has no annotations to measure ICD's priors in
+        head_opts = ["KD.HEADS", HEADS, "KD.ICD.PRIORS", "uniform"]
+        found[name] = load_config(zoo, [*student, *teacher, *head_opts, *args.opts])
     for name, cfg in found.items():
         if not cfg.KD.META_ARCHITECTURE:
             raise ConfigError(

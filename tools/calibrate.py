@@ -5,11 +5,12 @@
 
 Runs the student of MODEL.WEIGHTS and the teacher over batches of DATASETS.TRAIN without training,
 and takes for every loss the L2 norm of its gradient at the student's features (all paired levels
-together). For each head: its loss at weight 1 and at its weight in the config (schedules apart),
-its gradient norm in parts of the norm of all task losses together, and the weight that would bring
-that share to --target. Numbers are medians over the batches, in brackets the quartiles. Early and
-late in training they differ: give a trained student as MODEL.WEIGHTS to see the latter. The JSON
-file goes to OUTPUT_DIR/calibration.json, or where --output says.
+together; for a head that reads stages of the backbone, at these). For each head: its loss at weight
+1 and at its weight in the config (schedules apart), its gradient norm in parts of the norm of all
+task losses together, and the weight that would bring that share to --target. Numbers are medians
+over the batches, in brackets the quartiles. Early and late in training they differ: give a trained
+student as MODEL.WEIGHTS to see the latter. The JSON file goes to OUTPUT_DIR/calibration.json, or
+where --output says.
 
 Share 0.5 as a start is ours: strong enough to matter, weaker than what the boxes say.
 """
@@ -64,6 +65,11 @@ def measure_batch(model, batch) -> tuple[dict, dict]:
         parts = [value for key, value in own.items() if key.startswith("loss_kd_")]
         losses[f"head/{name}"] = sum(parts)
     norms = {name: gradient_norm(value, features) for name, value in losses.items()}
+    for name, head in model.heads.items():
+        if "bottom_up" in head.requires:  # reads stages of the backbone, which the task trains too
+            stages = [ctx.student_outputs["bottom_up"][stage] for stage in head.levels]
+            norms[f"head/{name}"] = gradient_norm(losses[f"head/{name}"], stages)
+            norms[f"task/all for head/{name}"] = gradient_norm(losses["task/all"], stages)
     return {name: value.item() for name, value in losses.items()}, norms
 
 
@@ -74,7 +80,8 @@ def summarise(model, measured, target: float) -> dict:
         return Spread.of(factor * batch[which][name] for batch in measured).as_dict()
 
     def shares(name, factor=1.0):
-        found = [factor * n[name] / n["task/all"] for _, n in measured if n["task/all"] > 0]
+        task = f"task/all for {name}" if f"task/all for {name}" in measured[0][1] else "task/all"
+        found = [factor * n[name] / n[task] for _, n in measured if n[task] > 0]
         return Spread.of(found).as_dict() if found else None
 
     report: dict = {"task_losses": {}, "heads": {}}

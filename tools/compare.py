@@ -16,10 +16,10 @@ A suite is a YAML file::
       - {name: student, config: ...}
       - {name: student+CWD, config: ..., opts: [KEY, value, ...]}
 
-The row with role teacher is trained once, with its config's own seed; all others once a seed, with
-KD.TEACHER.WEIGHTS pointing to it. Each run is ``train_net.py`` in a process of its own, with its
-OUTPUT_DIR under ``--output``. A finished run is kept while its settings stay the same, an
-interrupted one is resumed.
+Rows with role teacher are trained once, with their config's own seed; all others once a seed, with
+KD.TEACHER.WEIGHTS pointing to the teacher (of several, the one whose config they name). Each run is
+``train_net.py`` in a process of its own, with its OUTPUT_DIR under ``--output``. A finished run is
+kept while its settings stay the same, an interrupted one is resumed.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ from projects.kd.pictures import (  # noqa: E402
 )
 from projects.kd.report import (  # noqa: E402
     TASK_METRICS,
+    further_tasks,
     last_metrics,
     markdown_table,
     read_jsonl,
@@ -202,29 +203,48 @@ def _run_quietly(command: list[str], log: str, progress: str, threads: int) -> i
 
 
 def make_runs(suite: dict, seeds: list[int], output: str, opts: list) -> list[Run]:
-    """Teacher first, then every row for the first seed, for the second, ..."""
-    teachers = [row for row in suite["rows"] if row.get("role") == "teacher"]
-    if len(teachers) > 1:
-        raise ConfigError("--suite: at most one row may have role teacher")
-    runs = [Run(row, None, suite, output, opts) for row in teachers]
-    extra, teacher = list(opts), None
-    if runs:
-        teacher = runs[0]
-        weights = os.path.join(runs[0].dir, "model_final.pth")
-        extra = ["KD.TEACHER.WEIGHTS", weights, *extra]
+    """Teachers first, then every row for the first seed, for the second, ...
+
+    Of several teachers a row gets the one whose config it names in KD.TEACHER.CONFIG_FILE.
+    """
+    rows = suite["rows"]
+    teachers = [Run(r, None, suite, output, opts) for r in rows if r.get("role") == "teacher"]
+    by_config = {os.path.normpath(run.row["config"]): run for run in teachers}
+    if len(by_config) < len(teachers):
+        raise ConfigError("--suite: two rows with role teacher have the same config")
+    runs = list(teachers)
     for seed in seeds:
-        for row in suite["rows"]:
-            if row.get("role") != "teacher":
-                runs.append(Run(row, seed, suite, output, extra, teacher))
+        for row in rows:
+            if row.get("role") == "teacher":
+                continue
+            teacher = teachers[0] if len(teachers) == 1 else _teacher_of(row, by_config)
+            extra = list(opts)
+            if teacher is not None:
+                weights = os.path.join(teacher.dir, "model_final.pth")
+                extra = ["KD.TEACHER.WEIGHTS", weights, *extra]
+            runs.append(Run(row, seed, suite, output, extra, teacher))
     return runs
 
 
+def _teacher_of(row: dict, by_config: dict[str, Run]) -> Run | None:
+    cfg = load_config(row["config"])
+    if not by_config or not cfg.KD.META_ARCHITECTURE:
+        return None
+    named = os.path.normpath(cfg.KD.TEACHER.CONFIG_FILE)
+    if named not in by_config:
+        raise ConfigError(
+            f"--suite: row '{row['name']}' learns from {named}, and no row with role teacher has "
+            "that config"
+        )
+    return by_config[named]
+
+
 def execute_all(suite: dict, runs: list[Run], output: str, command: str, jobs: int) -> dict:
-    """Execute the teacher, then ``jobs`` other runs at a time; report after each."""
+    """Execute the teachers, then ``jobs`` other runs at a time; report after each."""
     total = len(runs)
-    first = 1 if runs and runs[0].teacher is None and runs[0].seed is None else 0
-    for run in runs[:first]:
-        run.execute(f"1/{total}")
+    first = sum(run.row.get("role") == "teacher" for run in runs)
+    for i, run in enumerate(runs[:first], 1):
+        run.execute(f"{i}/{total}")
     report = write_report(suite, runs, output, command)
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else 0
     with futures.ThreadPoolExecutor(jobs) as pool:
@@ -261,6 +281,7 @@ def write_report(suite: dict, runs: list[Run], output: str, command: str) -> dic
                 config=row["config"],
                 seconds_per_iteration=seconds_per_iteration([run.dir for run in own]),
                 seconds_per_run=round(sum(seconds) / len(seconds), 1),
+                **(further_tasks([run.dir for run in own]) if task == "bbox" else {}),
             )
         )
         points = [

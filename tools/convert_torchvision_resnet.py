@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -34,24 +33,10 @@ import torchvision  # noqa: E402
 
 from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
 from projects.kd.files import resolve_weights  # noqa: E402
+from projects.kd.modeling.resnet_names import detectron2_name  # noqa: E402
 from projects.kd.weights import read_torch_file  # noqa: E402
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-
-
-def detectron2_name(name: str) -> str | None:
-    """detectron2's name of a tensor of a torchvision ResNet, None for the classifier.
-
-    ``layer2.0.bn1.bias`` becomes ``res3.0.conv1.norm.bias``, ``layer2.0.downsample.0.weight``
-    ``res3.0.shortcut.weight``.
-    """
-    if name.startswith("fc.") or name.endswith("num_batches_tracked"):
-        return None
-    if not name.startswith("layer"):
-        name = f"stem.{name}"
-    name = re.sub(r"^layer(\d)", lambda stage: f"res{int(stage[1]) + 1}", name)
-    name = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name)
-    return name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
 
 
 def convert(state: dict[str, torch.Tensor], architecture: str) -> dict:

@@ -6,8 +6,14 @@
 Builds the teacher of KD.TEACHER, or, when the config names none, the model of the config itself
 with MODEL.WEIGHTS, and evaluates it on DATASETS.TEST. Images are resized and ordered as the
 teacher's own config says (INPUT.MIN_SIZE_TEST, MAX_SIZE_TEST, FORMAT); with --student-input as the
-student's config says, which is what it sees in training. Channel order always follows the teacher.
-Predictions and metrics.json are written to OUTPUT_DIR/teacher_evaluation.
+student's config says, times KD.TEACHER.INPUT_SCALE: what it sees in training. Channel order always
+follows the teacher. Predictions and metrics.json are written to OUTPUT_DIR/teacher_evaluation.
+
+    python tools/evaluate_teacher.py --assistant --config-file CONFIG MODEL.WEIGHTS CHECKPOINT
+
+evaluates the assistant of a run with CSA and the student of the same training checkpoint, on the
+student's input, and warns if the assistant is the worse of the two: then distilling from it is
+pointless. Results are written to OUTPUT_DIR/assistant_evaluation.
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ from detectron2.modeling import build_model  # noqa: E402
 from detectron2.utils.logger import setup_logger  # noqa: E402
 
 from projects.kd import ConfigError, build_teacher, check_config, load_config  # noqa: E402
+from projects.kd.assistant import build_assistant, judge  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import exit_on_user_error  # noqa: E402
 from projects.kd.evaluation import evaluate  # noqa: E402
@@ -38,6 +45,9 @@ def parse_arguments(argv=None):
     )
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--student-input", action="store_true", help="resize as for the student")
+    parser.add_argument(
+        "--assistant", action="store_true", help="evaluate CSA's assistant and its student"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE ...")
     return parser.parse_args(argv)
 
@@ -65,6 +75,8 @@ def build(cfg, student_input: bool):
         cfg.TEST.DETECTIONS_PER_IMAGE = teacher.cfg.TEST.DETECTIONS_PER_IMAGE
         for key in () if student_input else INPUT_KEYS:
             cfg.INPUT[key] = teacher.cfg.INPUT[key]
+    for key in INPUT_KEYS if student_input else ():
+        cfg.INPUT[key] = round(cfg.INPUT[key] * cfg.KD.TEACHER.INPUT_SCALE)
     return teacher.model, cfg
 
 
@@ -76,6 +88,8 @@ def main(args):
     check_config(cfg, training=False)
     if not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty: name a data set to evaluate on")
+    if args.assistant:
+        return compare_assistant(cfg, args.config_file)
     model, cfg = build(cfg, args.student_input)
     folder = os.path.join(cfg.OUTPUT_DIR, "teacher_evaluation")
     with torch.no_grad():
@@ -88,12 +102,36 @@ def main(args):
         "input": {key: cfg.INPUT[key] for key in (*INPUT_KEYS, "FORMAT")},
         "results": results,
     }
+    write(report, folder)
+    return report
+
+
+def compare_assistant(cfg, config_file: str):
+    """Evaluate assistant and student of a checkpoint; returns the report."""
+    assistant, mapper = build_assistant(cfg)
+    folder = os.path.join(cfg.OUTPUT_DIR, "assistant_evaluation")
+    results = {}
+    with torch.no_grad():
+        for name, model in (("assistant", assistant), ("student", assistant.student)):
+            own_folder = os.path.join(folder, name)
+            results[name] = evaluate(cfg, model, output_dir=own_folder, mapper=mapper)
+    report = {
+        "config": config_file,
+        "weights": cfg.MODEL.WEIGHTS,
+        "data": list(cfg.DATASETS.TEST),
+        "verdict": judge(results["assistant"], results["student"]),
+        "results": results,
+    }
+    write(report, folder)
+    return report
+
+
+def write(report: dict, folder: str) -> None:
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "metrics.json")
     with open(path, "w") as file:
         json.dump(report, file, indent=1)
     print(f"written to {path}")
-    return report
 
 
 if __name__ == "__main__":

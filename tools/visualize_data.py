@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """Draw a contact sheet of a data set's ground truth: boxes, masks, keypoints and class names.
 
+Ignored regions (VisDrone) are shaded.
+
     python tools/visualize_data.py --dataset shapes_train --output sheet.png
     python tools/visualize_data.py --dataset my_train --config-file my.yaml --output sheet.png
 
@@ -39,6 +41,10 @@ def draw(entry: dict, metadata, size: int, semantic: bool) -> np.ndarray:
     if semantic and wanted not in entry:
         raise ConfigError(f"--semantic: there is no semantic map for {entry['file_name']}")
     visualizer = Visualizer(image, metadata, scale=scale)
+    for x, y, w, h in entry.get("ignored_regions", []):
+        corners = [(x, y), (x + w, y), (x + w, y + h), (x, y + h)]
+        visualizer.draw_polygon(corners, "black", edge_color="yellow", alpha=0.6)
+        visualizer.draw_text("ignored", (x + w / 2, y + h / 2), color="yellow")
     drawn = visualizer.draw_dataset_dict({wanted: entry.get(wanted)}).get_image()
     canvas = np.full((size, size, 3), 128, np.uint8)
     height, width = (min(n, size) for n in drawn.shape[:2])

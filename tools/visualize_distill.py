@@ -28,7 +28,7 @@ import torch  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog  # noqa: E402
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.data import transforms as T  # noqa: E402
 from detectron2.utils.env import seed_all_rng  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
@@ -36,6 +36,7 @@ from matplotlib.patches import Rectangle  # noqa: E402
 
 from projects.kd import build_training_model, check_config, load_config  # noqa: E402
 from projects.kd.data.mapper import NamedErrors  # noqa: E402
+from projects.kd.data.multi_resolution_mapper import MultiResolutionMapper  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.distiller import paired_infos  # noqa: E402
 from projects.kd.engine.checkpoint import Heads  # noqa: E402
@@ -58,8 +59,9 @@ def load_example(cfg, dataset: str, index: int) -> dict:
     if not 0 <= index < len(entries):
         raise ConfigError(f"--index: {index} is not in 0 .. {len(entries) - 1}")
     resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-    mapper = DatasetMapper(
+    mapper = MultiResolutionMapper(
         is_train=True,
+        teacher_scale=cfg.KD.TEACHER.INPUT_SCALE,
         augmentations=[resize],
         image_format=cfg.INPUT.FORMAT,
         use_instance_mask=False,

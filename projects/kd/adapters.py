@@ -46,12 +46,16 @@ def build_adapter(
     return nn.Conv2d(student_channels, teacher_channels, size, padding=size // 2)
 
 
-def align_spatial(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+def align_spatial(
+    teacher: torch.Tensor, student: torch.Tensor, valid: torch.Tensor | None = None
+) -> torch.Tensor:
     """Resize teacher features to the student's grid where the two differ.
 
     Args:
         teacher: (N, C, Ht, Wt).
         student: (N, C', H, W), only its size matters.
+        valid: (N, 1, Ht, Wt) bool, the teacher's cells that lie inside its image; the others take
+            no part in a mean, and the result is 0 where nothing else does. None = all cells.
 
     Returns:
         (N, C, H, W): ``teacher`` itself when the grids agree; the mean of each block of cells when
@@ -61,6 +65,14 @@ def align_spatial(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     size, wanted = teacher.shape[-2:], student.shape[-2:]
     if size == wanted:
         return teacher
+    if valid is None:
+        return _resize(teacher, wanted)
+    share = _resize(valid.to(teacher.dtype), wanted)
+    return _resize(teacher.masked_fill(~valid, 0.0), wanted) / share.masked_fill(share == 0, 1.0)
+
+
+def _resize(values: torch.Tensor, wanted: tuple[int, int]) -> torch.Tensor:
+    size = values.shape[-2:]
     if size[0] % wanted[0] == 0 and size[1] % wanted[1] == 0:
-        return F.avg_pool2d(teacher, (size[0] // wanted[0], size[1] // wanted[1]))
-    return F.interpolate(teacher, size=wanted, mode="bilinear", align_corners=False)
+        return F.avg_pool2d(values, (size[0] // wanted[0], size[1] // wanted[1]))
+    return F.interpolate(values, size=wanted, mode="bilinear", align_corners=False)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from detectron2.structures import Boxes, ImageList, pairwise_iou
 
 from .distiller import build_training_model
 from .engine.optim import build_optimizations
+from .levels import scaled_size
 from .measure import random_batch, settle_norms
 from .taps import class_key, offers
 
@@ -33,7 +35,9 @@ class Bench:
         self.device = self.model.device
         segments = offers(self.cfg.MODEL.META_ARCHITECTURE, "sem_seg")
         self.batch = random_batch(image_size, boxes, self._classes(), label_maps=segments)
-        self.images = [x["image"] for x in self.batch]
+        for x in self.batch if self.model.teacher_scale != 1 else ():
+            size = scaled_size(x["image"].shape[-2:], self.model.teacher_scale)
+            x["image_teacher"] = F.interpolate(x["image"][None], size=size)[0]
         student, teacher = self.model.student, self.model.teacher.model
         for detector in (student, teacher):
             settle_norms(detector.backbone, self._input(detector))
@@ -44,7 +48,7 @@ class Bench:
     def _input(self, detector) -> torch.Tensor:
         """(N, 3, H, W) as the detector normalises and pads it."""
         mean, std = detector.pixel_mean, detector.pixel_std
-        images = [(image.to(mean.device) - mean) / std for image in self.images]
+        images = [(x["image"].to(mean.device) - mean) / std for x in self.batch]
         return ImageList.from_tensors(images, detector.backbone.size_divisibility).tensor
 
     def _classes(self) -> int:
@@ -61,7 +65,9 @@ class Bench:
     def teacher(self):
         """The teacher's input and its forward pass, as far as the heads read it."""
         with self.autocast():
-            return self.model.teacher.observe(self.images, self.ctx.canvas, self.model.image_format)
+            canvas = scaled_size(self.ctx.canvas, self.model.teacher_scale)
+            images = self.model.teacher_images(self.batch)
+            return self.model.teacher.observe(images, canvas, self.model.image_format)
 
     def step(self, model=None):
         """A function that trains ``model`` (the student alone by default) for one step.

@@ -12,9 +12,12 @@ from .adapters import ADAPTER_TYPES
 from .errors import ConfigError
 from .files import resolve_config
 from .heads.base import head_class
+from .levels import check_input_scale
 from .schedule import build_ramp
 from .taps import class_key, class_names_of
 from .teacher import DTYPES
+from .tiles import check_tiles
+from .visdrone_eval import READINGS
 
 OPTIMIZERS = ("SGD", "AdamW", "Adam")
 CLIP_TYPES = ("value", "norm", "full_model")
@@ -32,7 +35,13 @@ def check_config(cfg, training: bool = True) -> None:
     """
     _check_meta_archs(cfg)
     _check_datasets(cfg, training)
+    check_tiles(cfg)
+    for name in cfg.TEST.VISDRONE_READINGS:
+        _one_of("TEST.VISDRONE_READINGS", name, READINGS)
     if training:
+        _one_of("INPUT.IGNORED_REGIONS", cfg.INPUT.IGNORED_REGIONS, ("paint", "keep"))
+        if cfg.INPUT.CROP.AFTER_RESIZE and cfg.INPUT.DETR_AUGMENTATION:
+            raise ConfigError("INPUT.CROP.AFTER_RESIZE: INPUT.DETR_AUGMENTATION has its own crop")
         _check_solver(cfg)
         if cfg.KD.META_ARCHITECTURE:
             _check_distillation(cfg)
@@ -87,8 +96,10 @@ def _check_files(key: str, dataset: str) -> None:
     file = metadata.get("json_file")
     if file and "://" not in file and not metadata.get("made_on_first_use", False):
         if not os.path.isfile(file):
+            how = metadata.get("made_by", "")
+            how = f"make it with {how}" if how else "put it there"
             raise ConfigError(
-                f"{key}: data set '{dataset}' needs the file '{file}'; put it there, or set the "
+                f"{key}: data set '{dataset}' needs the file '{file}'; {how}, or set the "
                 "environment variable DETECTRON2_DATASETS (datasets/README.md)"
             )
 
@@ -138,6 +149,7 @@ def _check_distillation(cfg) -> None:
     weights = kd.TEACHER.WEIGHTS
     if weights and "://" not in weights and not os.path.isfile(os.path.expanduser(weights)):
         raise ConfigError(f"KD.TEACHER.WEIGHTS: no such file '{weights}'; train the teacher first")
+    check_input_scale(kd.TEACHER.INPUT_SCALE)
     _one_of("KD.TEACHER.DTYPE", kd.TEACHER.DTYPE, ("auto", *DTYPES))
     _one_of("KD.ADAPTER.TYPE", kd.ADAPTER.TYPE, ADAPTER_TYPES)
     if kd.LOG_PERIOD < 1:

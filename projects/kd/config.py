@@ -21,6 +21,9 @@ from .errors import ConfigError
 from .files import MODEL_ZOO_PREFIX, is_zoo_config, resolve_config
 
 INHERIT = -2  # a head's START_ITER / WARMUP_ITERS / END_ITER: take the common KD.* value
+# a head's START_ITER, WARMUP_ITERS: the published warm-up, 30000 and 1000 of 90000 iterations, in
+# proportion to SOLVER.MAX_ITER
+PROPORTIONAL = -3
 
 _CONFIG_HOOKS: list[Callable[[CN], None]] = []
 
@@ -107,6 +110,9 @@ def _add_distillation_keys(cfg: CN) -> None:
     teacher.OPTS = []
     # True only for tests and timing: teacher parameters missing from the weights stay random.
     teacher.ALLOW_MISSING = False
+    # Side of the teacher's images in parts of the student's: 2.0 lets it see each original at twice
+    # the student's size. Its grid must be a whole multiple of the student's, or the reverse.
+    teacher.INPUT_SCALE = 1.0
     # "auto" = the precision of the training step; or "float32", "bfloat16", "float16".
     teacher.DTYPE = "auto"
     # Run the teacher's convolutions in channels-last memory format.

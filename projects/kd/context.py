@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from .errors import DataError
+from .levels import scaled_size
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class DistillContext:
     """Features, outputs and ground truth of one step.
 
     Shapes: N images, C channels, (H, W) cells of a level; boxes are XYXY in pixels of the
-    student's input.
+    student's input. A teacher that sees images of another size has its own grids (Ht, Wt).
 
     Attributes:
         iteration: counted from 0.
@@ -52,9 +53,16 @@ class DistillContext:
         gt: per image the Instances (``gt_boxes``, ``gt_classes``, ...) on the model's device, or
             None where the batch has none.
         student_features, teacher_features: level to (N, C, H, W), under the student's level names,
-            in the precision of the step. Teacher features carry no gradient.
+            in the precision of the step, the teacher's (N, C, Ht, Wt) on its own grid. Teacher
+            features carry no gradient.
         student_outputs, teacher_outputs: tap name to what that tap gives.
         strides: level to the student's stride in input pixels.
+        teacher_scale: KD.TEACHER.INPUT_SCALE; the teacher's canvas is exactly this times
+            ``canvas``.
+        teacher_image_sizes: (height, width) of each teacher input before padding; () = the
+            student's times the scale.
+        teacher_strides: level to the stride of its teacher level in pixels of the teacher's input;
+            {} = the student's.
         batch: the batch as the data loader gave it.
         student, teacher: the models, for what the fields above do not cover.
         log_scalars: whether :meth:`put_scalar` records in this step.
@@ -69,11 +77,14 @@ class DistillContext:
     student_outputs: dict[str, Any] = field(default_factory=dict)
     teacher_outputs: dict[str, Any] = field(default_factory=dict)
     strides: dict[str, int] = field(default_factory=dict)
+    teacher_scale: float = 1.0
+    teacher_image_sizes: list[tuple[int, int]] = field(default_factory=list)
+    teacher_strides: dict[str, int] = field(default_factory=dict)
     batch: list[dict] = field(default_factory=list)
     student: nn.Module | None = None
     teacher: Any = None
     log_scalars: bool = False
-    _masks: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    _masks: dict[tuple, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def stride(self, level: str) -> int:
         """Stride of a student level in input pixels."""
@@ -85,15 +96,11 @@ class DistillContext:
         Row r of stride s is valid for r < ceil(height / s), columns alike (ICD's rule, read in its
         code).
         """
-        if level not in self._masks:
-            feature = self.student_features[level]
-            rows, columns = feature.shape[-2:]
-            sizes = torch.tensor(self.image_sizes, device=feature.device)
-            valid = torch.div(sizes + self.strides[level] - 1, self.strides[level]).floor()
-            y = torch.arange(rows, device=feature.device) < valid[:, :1]
-            x = torch.arange(columns, device=feature.device) < valid[:, 1:]
-            self._masks[level] = (y[:, :, None] & x[:, None, :])[:, None]
-        return self._masks[level]
+        return self._mask("student", level, self._student_grid(level))
+
+    def teacher_valid_mask(self, level: str) -> torch.Tensor:
+        """(N, 1, Ht, Wt) bool: :meth:`valid_mask` on the teacher's own grid, for its own image."""
+        return self._mask("teacher", level, self._teacher_grid(level))
 
     def canvas_mask(self, size: tuple[int, int]) -> torch.Tensor | None:
         """:meth:`valid_mask` of a map of ``size`` = (rows, columns) that covers the whole canvas.
@@ -102,7 +109,7 @@ class DistillContext:
         """
         if all(tuple(image) == tuple(self.canvas) for image in self.image_sizes):
             return None
-        key = f"{size[0]}x{size[1]}"
+        key = "canvas", tuple(size)
         if key not in self._masks:
             device = next(iter(self.student_features.values())).device
             sizes = torch.tensor(self.image_sizes, device=device)
@@ -123,7 +130,7 @@ class DistillContext:
         Raises:
             DataError: an image without a label map, or with one of another size.
         """
-        key = f"labels {ignore}"
+        key = "labels", ignore
         if key not in self._masks:
             device = next(iter(self.student_features.values())).device
             shape = (len(self.batch), *self.canvas)
@@ -145,14 +152,69 @@ class DistillContext:
 
     def has_padding(self, level: str) -> bool:
         """Whether :meth:`valid_mask` is False anywhere; costs no transfer from the device."""
-        rows, columns = self.student_features[level].shape[-2:]
-        stride = self.strides[level]
-        return any(
-            h <= (rows - 1) * stride or w <= (columns - 1) * stride for h, w in self.image_sizes
-        )
+        return _any_padding(*self._student_grid(level))
+
+    def teacher_has_padding(self, level: str) -> bool:
+        """Whether :meth:`teacher_valid_mask` is False anywhere; costs no transfer."""
+        return _any_padding(*self._teacher_grid(level))
+
+    def padding_mask(self, side: str, feature: torch.Tensor, stride: int) -> torch.Tensor | None:
+        """:meth:`valid_mask` for any map of a batch, such as a backbone stage.
+
+        Args:
+            side: "student" or "teacher".
+            feature: (N, C, H, W) of that side, only size and device matter.
+            stride: of the map in pixels of that side's input.
+
+        Returns:
+            (N, 1, H, W) bool, None where no cell lies in the padding.
+        """
+        grid = self._sizes(side), feature.shape[-2:], stride
+        return cells_inside(*grid, feature.device) if _any_padding(*grid) else None
+
+    def _sizes(self, side: str) -> list[tuple[int, int]]:
+        if side == "student":
+            return self.image_sizes
+        scaled = [scaled_size(size, self.teacher_scale) for size in self.image_sizes]
+        return self.teacher_image_sizes or scaled
+
+    def _student_grid(self, level: str):
+        return self.image_sizes, self.student_features[level].shape[-2:], self.strides[level]
+
+    def _teacher_grid(self, level: str):
+        stride = (self.teacher_strides or self.strides)[level]
+        return self._sizes("teacher"), self.teacher_features[level].shape[-2:], stride
+
+    def _mask(self, side: str, level: str, grid) -> torch.Tensor:
+        if (side, level) not in self._masks:
+            device = self.student_features[level].device
+            self._masks[side, level] = cells_inside(*grid, device)
+        return self._masks[side, level]
 
     def put_scalar(self, name: str, value: torch.Tensor | float) -> None:
         """Log a scalar, at KD.LOG_PERIOD only (reading a tensor waits for the device)."""
         if self.log_scalars:
             value = value.item() if isinstance(value, torch.Tensor) else value
             get_event_storage().put_scalar(name, value, smoothing_hint=False)
+
+
+def cells_inside(
+    sizes: Sequence[tuple[int, int]], grid: tuple[int, int], stride: int, device: torch.device
+) -> torch.Tensor:
+    """(N, 1, H, W) bool: which cells of a padded grid start inside the image.
+
+    Args:
+        sizes: (height, width) of each image in pixels before padding.
+        grid: (H, W).
+        stride: pixels a cell.
+        device: of the mask.
+    """
+    valid = torch.tensor([[-(-side // stride) for side in size] for size in sizes], device=device)
+    y = torch.arange(grid[0], device=device) < valid[:, :1]
+    x = torch.arange(grid[1], device=device) < valid[:, 1:]
+    return (y[:, :, None] & x[:, None, :])[:, None]
+
+
+def _any_padding(sizes, grid, stride: int) -> bool:
+    rows, columns = grid
+    return any(h <= (rows - 1) * stride or w <= (columns - 1) * stride for h, w in sizes)

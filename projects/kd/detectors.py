@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from .predict import register_predictor
+from .predict.rcnn import RCNNPredictor
+from .predict.retinanet import RetinaNetPredictor
 from .taps import TapSpec, register_class_key, register_pseudo_anchors, register_taps
 
 
@@ -14,12 +17,32 @@ def _run_sem_seg_head(model, features):
     getattr(head, "layers", head)(features)  # without the upsampling, where it can be left out
 
 
+def _run_rpn_head(model, features):
+    rpn = model.proposal_generator
+    rpn.rpn_head([features[level] for level in rpn.in_features])
+
+
 _SHARED = {"features": TapSpec("backbone"), "bottom_up": TapSpec("backbone.bottom_up")}
 
 # DenseDetector is the base class of RetinaNet and FCOS. ``dense`` gives, per kind of prediction
 # (class logits, box deltas, ...), a list over levels of (N, A * K, H, W).
 register_taps("DenseDetector", **_SHARED, dense=TapSpec("head", run=_run_dense_head))
-register_taps("GeneralizedRCNN", **_SHARED)
+# ``rpn`` gives objectness (N, A, H, W) and deltas (N, A * 4, H, W), both a list over levels;
+# ``box`` class logits (R, K + 1) and deltas (R, K * 4) of the sampled proposals, in their order;
+# ``mask_logits`` (R, K, h, w) and ``keypoint_logits`` (R, points, h, w) are those of the foreground
+# ones. All but ``rpn`` are there in the student's training step only.
+register_taps(
+    "GeneralizedRCNN",
+    **_SHARED,
+    rpn=TapSpec("proposal_generator.rpn_head", run=_run_rpn_head),
+    box=TapSpec("roi_heads.box_predictor"),
+    sampled_proposals=TapSpec("roi_heads", select=lambda outputs: outputs[0]),
+    mask_logits=TapSpec("roi_heads.mask_head.predictor"),
+    keypoint_logits=TapSpec("roi_heads.keypoint_head.score_lowres"),
+)
+
+register_predictor("RetinaNet", RetinaNetPredictor)
+register_predictor("GeneralizedRCNN", RCNNPredictor)
 
 # SemSegFPNHead, DeepLab's heads and PSPNetHead end in a 1x1 convolution ``predictor``: ``sem_seg``
 # are its logits before upsampling, ``decoder`` is what it reads.
@@ -42,6 +65,7 @@ register_taps("PanopticFPN", **_SEGMENTATION)
 register_class_key("SemanticSegmentor", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "stuff_classes")
 register_class_key("RetinaNet", "MODEL.RETINANET.NUM_CLASSES")
 register_class_key("GeneralizedRCNN", "MODEL.ROI_HEADS.NUM_CLASSES")
+register_class_key("PanopticFPN", "MODEL.ROI_HEADS.NUM_CLASSES")
 
 # FCOS has one square of one stride a location, whose best IoU only marks the coarsest level; ATSS
 # and GFL place squares of eight strides.

@@ -14,7 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from .context import DistillContext, ModelInfo
 from .errors import ConfigError, DataError
 from .heads.base import build_imitation_heads
-from .levels import canvas_size, common_divisibility, padded_to, pair_levels
+from .levels import (
+    canvas_size,
+    common_divisibility,
+    padded_to,
+    pair_levels,
+    scaled_divisibility,
+    scaled_size,
+)
 from .schedule import Ramp, build_ramp
 from .taps import FeatureTaps, taps_for
 from .teacher import Teacher, build_teacher
@@ -37,6 +44,8 @@ class DistillMetaArch(nn.Module):
         image_format: "BGR" or "RGB", the order of the loader's images.
         log_period: heads' scalars are recorded every so many iterations.
         compile_teacher: compile the teacher's backbone.
+        teacher_scale: side of the teacher's images in parts of the student's; where it is not 1
+            every example has to bring ``image_teacher``.
     """
 
     @configurable
@@ -51,6 +60,7 @@ class DistillMetaArch(nn.Module):
         image_format: str = "BGR",
         log_period: int = 20,
         compile_teacher: bool = False,
+        teacher_scale: float = 1.0,
     ):
         super().__init__()
         self.student = student
@@ -61,11 +71,17 @@ class DistillMetaArch(nn.Module):
         self.image_format = image_format
         self.log_period = log_period
         needed = {"features"}.union(*(head.requires for head in heads.values()))
-        specs = {name: spec for name, spec in taps_for(student).items() if name in needed}
+        ours = needed.union(*(head.requires_student for head in heads.values()))
+        specs = {name: spec for name, spec in taps_for(student).items() if name in ours}
         self._taps = FeatureTaps(student, specs)
         teacher.tap(needed, compile_teacher)
-        self._divisibility = common_divisibility(student.backbone, teacher.size_divisibility)
+        self.teacher_scale = teacher_scale
         self._strides = {name: s.stride for name, s in student.backbone.output_shape().items()}
+        theirs = teacher.model.backbone.output_shape()
+        self._teacher_strides = {ours: theirs[x].stride for ours, x in self.level_map.items()}
+        strides = {x: (self._strides[x], self._teacher_strides[x]) for x in self.level_map}
+        needed = scaled_divisibility(teacher_scale, strides, teacher.size_divisibility)
+        self._divisibility = common_divisibility(student.backbone, needed)
         self._canvas = _CanvasProbe()
         student.backbone.register_forward_pre_hook(self._canvas)
 
@@ -87,6 +103,7 @@ class DistillMetaArch(nn.Module):
             "image_format": cfg.INPUT.FORMAT,
             "log_period": cfg.KD.LOG_PERIOD,
             "compile_teacher": cfg.KD.TEACHER.COMPILE,
+            "teacher_scale": cfg.KD.TEACHER.INPUT_SCALE,
         }
 
     @property
@@ -99,7 +116,8 @@ class DistillMetaArch(nn.Module):
 
         Args:
             batched_inputs: what detectron2's data loader gives: ``image`` (3, H, W) in
-                ``image_format``, ``instances`` with boxes XYXY in pixels of that image, ...
+                ``image_format``, ``instances`` with boxes XYXY in pixels of that image, ...; with
+                a ``teacher_scale`` also ``image_teacher``, that image at the teacher's size.
 
         Returns:
             Training: dict of scalar losses, ready to be summed.
@@ -114,11 +132,12 @@ class DistillMetaArch(nn.Module):
         sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
         square = getattr(self.student.backbone, "padding_constraints", {}).get("square_size", 0)
         canvas = canvas_size(sizes, self._divisibility, square)
-        images = [x["image"] for x in batched_inputs]
+        images = self.teacher_images(batched_inputs)
         # first: the teacher's activations are gone before the student's are kept, and on a GPU its
         # kernels hide behind the student's host work
         with torch.profiler.record_function("kd/teacher"):
-            teacher = self.teacher.observe(images, canvas, self.image_format)
+            theirs = scaled_size(canvas, self.teacher_scale)
+            teacher = self.teacher.observe(images, theirs, self.image_format)
         with torch.profiler.record_function("kd/student"):
             with self._taps.record(), padded_to(self.student.backbone, self._divisibility):
                 losses = self.student(batched_inputs)
@@ -130,6 +149,29 @@ class DistillMetaArch(nn.Module):
                 f"{self._canvas.size}, the teacher saw {canvas}; it must pad as detectron2 does"
             )
         return self._context(batched_inputs, sizes, canvas, student, teacher), losses
+
+    def teacher_images(self, batched_inputs: list[dict]) -> list[torch.Tensor]:
+        """Per image what the teacher sees, (3, H, W): ``image`` at scale 1, else ``image_teacher``.
+
+        Raises:
+            DataError: the latter is missing or of another size than the scale says.
+        """
+        if self.teacher_scale == 1:
+            return [x["image"] for x in batched_inputs]
+        key = f"KD.TEACHER.INPUT_SCALE is {self.teacher_scale:g}"
+        for x in batched_inputs:
+            if "image_teacher" not in x:
+                raise DataError(
+                    f"{key}, and the data set mapper gives no 'image_teacher'; use this project's "
+                    "MultiResolutionMapper, or set INPUT_SCALE to 1.0"
+                )
+            own, theirs = (tuple(x[name].shape[-2:]) for name in ("image", "image_teacher"))
+            if theirs != scaled_size(own, self.teacher_scale):
+                raise DataError(
+                    f"{key}: the data set mapper gives an 'image' of {own} and an 'image_teacher' "
+                    f"of {theirs} pixels, not {scaled_size(own, self.teacher_scale)}"
+                )
+        return [x["image_teacher"] for x in batched_inputs]
 
     def _context(self, batch, sizes, canvas, student, teacher) -> DistillContext:
         iteration = get_event_storage().iter
@@ -147,6 +189,9 @@ class DistillMetaArch(nn.Module):
             student_outputs=student,
             teacher_outputs=teacher,
             strides=self._strides,
+            teacher_scale=self.teacher_scale,
+            teacher_image_sizes=[tuple(x.shape[-2:]) for x in self.teacher_images(batch)],
+            teacher_strides=self._teacher_strides,
             batch=batch,
             student=self.student,
             teacher=self.teacher,

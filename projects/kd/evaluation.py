@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +26,6 @@ from detectron2.evaluation import (
     COCOEvaluator,
     COCOPanopticEvaluator,
     DatasetEvaluators,
-    SemSegEvaluator,
     inference_on_dataset,
     print_csv_format,
 )
@@ -37,8 +36,10 @@ from pycocotools.cocoeval import COCOeval
 from .data.check import repair_ground_truth
 from .data.mapper import NamedErrors
 from .data.register import is_configured
-from .errors import ConfigError, DataError
+from .errors import ConfigError
+from .sem_seg_evaluation import SemanticEvaluator
 from .taps import class_names_of
+from .tiles import TiledDetector
 
 # Keypoint scale for OKS where neither the config nor COCO has one: the mean of COCO's 17. Ours.
 DEFAULT_OKS_SIGMA = 0.067
@@ -50,20 +51,34 @@ LABEL_MAPS = ("sem_seg", "cityscapes_sem_seg")
 
 logger = logging.getLogger(__name__)
 
+_BUILDERS: dict[str, Callable] = {}
+
+
+def register_evaluator(kind: str) -> Callable:
+    """Decorator: ``function(cfg, dataset_name, output_folder)`` builds evaluators of that type."""
+
+    def register(function: Callable) -> Callable:
+        _BUILDERS[kind] = function
+        return function
+
+    return register
+
 
 def evaluate(
     cfg: CfgNode,
     model,
     dataset_names: Sequence[str] | None = None,
     output_dir: str | None = None,
+    mapper: Callable[[dict], dict] | None = None,
 ) -> OrderedDict:
     """Evaluate a model; progress and the time left are logged.
 
     Args:
         cfg: decides the test-time input, the limits, and what is predicted.
-        model: called in eval mode with detectron2's batches.
+        model: called in eval mode with detectron2's batches; in tiles if TEST.TILES.ENABLED.
         dataset_names: default: DATASETS.TEST.
         output_dir: predictions are written to its ``inference`` folder; default: OUTPUT_DIR.
+        mapper: data set dict to the model's input; default: detectron2's for INPUT.
 
     Returns:
         ``{task: {metric: value}}`` of one data set, ``{data set: {task: ...}}`` of several; empty
@@ -71,10 +86,14 @@ def evaluate(
     """
     names = list(cfg.DATASETS.TEST if dataset_names is None else dataset_names)
     folder = os.path.join(output_dir or cfg.OUTPUT_DIR, "inference")
+    if cfg.TEST.TILES.ENABLED:
+        if mapper is not None:  # tiles are cut from one image, not from what a mapper adds
+            raise ConfigError("TEST.TILES.ENABLED: this evaluation has a mapper of its own")
+        model = TiledDetector.from_config(cfg, model)
     results: OrderedDict = OrderedDict()
     for name in names:
-        mapper = NamedErrors(DatasetMapper(cfg, is_train=False))
-        loader = build_detection_test_loader(cfg, name, mapper=mapper)
+        to_input = NamedErrors(mapper or DatasetMapper(cfg, is_train=False))
+        loader = build_detection_test_loader(cfg, name, mapper=to_input)
         own_folder = folder if len(names) == 1 else os.path.join(folder, name)
         evaluator = build_evaluator(cfg, name, own_folder)
         results[name] = inference_on_dataset(model, loader, evaluator) or OrderedDict()
@@ -90,7 +109,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     ``coco``: boxes, masks and keypoints as far as the model predicts them, and semantic
     segmentation where data set and model have it (that alone for a model that only segments);
     ``sem_seg``, ``cityscapes_sem_seg`` (with detectron2's mIoU); ``coco_panoptic_seg`` and
-    ``ade20k_panoptic_seg``: all of these and the panoptic quality.
+    ``ade20k_panoptic_seg``: all of these and the panoptic quality; and the types of
+    :func:`register_evaluator`.
 
     Raises:
         ConfigError: another ``evaluator_type``; TEST.DETECTIONS_PER_IMAGE or
@@ -99,10 +119,13 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
     metadata = MetadataCatalog.get(dataset_name)
     kind = metadata.get("evaluator_type")
-    if kind not in (*LABEL_MAPS, "coco", "coco_panoptic_seg", "ade20k_panoptic_seg"):
+    if kind in _BUILDERS:
+        return _BUILDERS[kind](cfg, dataset_name, folder)
+    known = ("coco", *LABEL_MAPS, "coco_panoptic_seg", "ade20k_panoptic_seg")
+    if kind not in known:
         raise ConfigError(
-            f"DATASETS.TEST: '{dataset_name}' has evaluator_type {kind}; it can be coco, sem_seg, "
-            "cityscapes_sem_seg, coco_panoptic_seg or ade20k_panoptic_seg"
+            f"DATASETS.TEST: '{dataset_name}' has evaluator_type {kind}; it can be "
+            + ", ".join((*known, *_BUILDERS))
         )
     evaluators = []
     segments_only = class_names_of(cfg.MODEL.META_ARCHITECTURE) == "stuff_classes"
@@ -278,40 +301,6 @@ class DetectionEvaluator(COCOEvaluator):
                 f"'{self._metadata.name}' has {true} keypoints, the model predicts {predicted} "
                 f"(MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS), TEST.KEYPOINT_OKS_SIGMAS has {scales}"
             )
-
-
-class SemanticEvaluator(SemSegEvaluator):
-    """detectron2's SemSegEvaluator; silent when the model predicts no semantic segmentation."""
-
-    def reset(self):
-        """Start anew."""
-        super().reset()
-        self._any = False
-
-    def process(self, inputs, outputs):
-        """Count the outputs that hold ``sem_seg``; DataError for unusable label maps."""
-        pairs = [(i, o) for i, o in zip(inputs, outputs, strict=True) if "sem_seg" in o]
-        for item, output in pairs:
-            self._any = True
-            path = self.input_file_to_gt_file[item["file_name"]]
-            truth = self.sem_seg_loading_fn(path, dtype=int)
-            if truth.shape != tuple(output["sem_seg"].shape[-2:]):
-                raise DataError(
-                    f"{path}: the label map has {truth.shape[1]}x{truth.shape[0]} pixels, the "
-                    f"prediction {output['sem_seg'].shape[-1]}x{output['sem_seg'].shape[-2]}"
-                )
-            wrong = truth[(truth != self._ignore_label) & (truth >= self._num_classes)]
-            if wrong.size:
-                raise DataError(
-                    f"{path}: label {wrong[0]} is none of {self._num_classes} classes, and not "
-                    f"{self._ignore_label} (ignored)"
-                )
-            super().process([item], [output])
-
-    def evaluate(self):
-        """``{"sem_seg": {"mIoU": ...}}`` on the main process, nothing without predictions."""
-        predicted = comm.all_gather(self._any) if self._distributed else [self._any]
-        return super().evaluate() if any(predicted) else None
 
 
 def _mean(precision: np.ndarray) -> float:

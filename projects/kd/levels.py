@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 from detectron2.layers import ShapeSpec
 from torch import nn
@@ -91,6 +92,11 @@ def canvas_size(
 def common_divisibility(student: nn.Module, teacher_divisibility: int) -> int:
     """The least multiple of both padding rules.
 
+    Args:
+        student: its backbone.
+        teacher_divisibility: what the teacher asks of the student's canvas, see
+            :func:`scaled_divisibility`.
+
     Raises:
         ConfigError: the student's backbone cannot be told to pad to it.
     """
@@ -98,10 +104,59 @@ def common_divisibility(student: nn.Module, teacher_divisibility: int) -> int:
     common = math.lcm(own, teacher_divisibility)
     if common != own and not hasattr(student, "_size_divisibility"):
         raise ConfigError(
-            f"KD.TEACHER.CONFIG_FILE: the teacher pads to multiples of {teacher_divisibility}, the "
-            f"student's {type(student).__name__} to {own} and cannot be told otherwise"
+            f"KD.TEACHER.CONFIG_FILE (or INPUT_SCALE): the teacher needs multiples of "
+            f"{teacher_divisibility}, the student's {type(student).__name__} pads to {own} and "
+            "cannot be told otherwise"
         )
     return common
+
+
+def check_input_scale(scale: float) -> None:
+    """ConfigError unless KD.TEACHER.INPUT_SCALE is a positive number."""
+    if not 0 < scale < math.inf:
+        raise ConfigError(f"KD.TEACHER.INPUT_SCALE is {scale}, it must be positive")
+
+
+def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:
+    """(height, width) times a scale, rounded to the nearest pixel, halves up, at least 1."""
+    height, width = (max(math.floor(scale * side + 0.5), 1) for side in size)
+    return height, width
+
+
+def scaled_divisibility(
+    scale: float, strides: Mapping[str, tuple[int, int]], teacher_divisibility: int
+) -> int:
+    """What the sides of the student's canvas must be multiples of for the teacher's sake.
+
+    At scale 1 that is the teacher's own padding rule: both nets round odd grids alike. Otherwise
+    the teacher's canvas, ``scale`` times the student's, has to keep to that rule, and every paired
+    level must divide both canvases, so that its two grids are exact multiples.
+
+    Args:
+        scale: KD.TEACHER.INPUT_SCALE.
+        strides: student level to its stride and that of its teacher level, in pixels of their own
+            images.
+        teacher_divisibility: the teacher's padding rule.
+
+    Raises:
+        ConfigError: a scale that is not positive, or a level whose grids are no whole multiples.
+    """
+    check_input_scale(scale)
+    if scale == 1:
+        return teacher_divisibility
+    exact = Fraction(scale).limit_denominator(1024)
+    for level, (ours, theirs) in strides.items():
+        times = exact * ours / theirs  # teacher's cells a student's cell, along one side
+        if abs(exact - scale) > 1e-6 * scale or 1 not in (times.numerator, times.denominator):
+            raise ConfigError(
+                f"KD.TEACHER.INPUT_SCALE {scale:g}: at {level} the teacher's grid is "
+                f"{scale * ours / theirs:.6g} times the student's; choose a scale (2.0, 3.0, 0.5) "
+                "or KD.LEVEL_MAP that makes it a whole multiple or a whole part"
+            )
+    # scale * side is a multiple of m where side is one of denominator * m / gcd(numerator, m)
+    needed = [teacher_divisibility, *(theirs for _, theirs in strides.values())]
+    multiples = [exact.denominator * m // math.gcd(exact.numerator, m) for m in needed]
+    return math.lcm(*multiples, *(ours for ours, _ in strides.values()))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,8 @@ from torch import nn
 from .config import load_config, merge_overrides
 from .errors import ConfigError
 from .files import MODEL_ZOO_PREFIX, resolve_config, zoo_weights_url
-from .heads.base import IMITATION_HEAD_REGISTRY
+from .heads.base import IMITATION_HEAD_REGISTRY, head_class
+from .heads.sdf import PRESETS
 from .levels import pair_levels
 from .teacher import build_from_lazy, build_from_yaml
 
@@ -58,6 +59,13 @@ _FGFI = Recipe(
     keys={"THRESH_FACTOR": 0.5, "ASSIGN": "joint", "ADAPTER": "conv3x3", "START_ITER": 400},
 )
 _MIMIC = Recipe(1.0, "mean squared error over all levels as in MasKD's '+mimic' configs")
+_SDF = Recipe(
+    PRESETS["balanced"][0],
+    "this project, as the reduction that ScaleKD's goes with is not known (KD.SDF.PRESET)",
+)
+_PREDICTIONS = Recipe(
+    1.0, "this project, as the form of the published terms is not known (PRESET balanced)"
+)
 _ICD_SOURCE = "Kang et al., NeurIPS 2021"
 # element-wise, as in all configs of ICD's authors
 _CLIP = ("SOLVER.CLIP_GRADIENTS.ENABLED", True)
@@ -71,6 +79,12 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     ("FGFI", TWO_STAGE): _FGFI,
     ("ICD", ONE_STAGE): Recipe(8.0, _ICD_SOURCE, keys={"MAX_QUERIES": 300}, overrides=_CLIP),
     ("ICD", TWO_STAGE): Recipe(3.0, _ICD_SOURCE, keys={"MAX_QUERIES": 100}, overrides=_CLIP),
+    ("SDF", ONE_STAGE): _SDF,
+    ("SDF", TWO_STAGE): _SDF,
+    ("OutputKD", ONE_STAGE): _PREDICTIONS,
+    ("OutputKD", TWO_STAGE): _PREDICTIONS,
+    ("CSA", ONE_STAGE): _PREDICTIONS,
+    ("CSA", TWO_STAGE): _PREDICTIONS,
     ("Mimic", ONE_STAGE): _MIMIC,
     ("Mimic", TWO_STAGE): _MIMIC,
 }
@@ -164,6 +178,8 @@ def _values(cfg, method: str, levels: list[str]) -> str:
     if node is None:
         return ""
     used = ", ".join(node.LEVELS or cfg.KD.LEVELS or levels)
+    if "bottom_up" in head_class(method).requires:  # stages of the backbone, not levels
+        used = ", ".join(node.LEVELS) or "the last backbone stage"
     return f": KD.{method.upper()}.WEIGHT {node.WEIGHT:g} on {used}"
 
 

@@ -16,6 +16,12 @@ TASK_METRICS = {
     "keypoints": ("AP", "AP50", "AP75", "APm", "APl"),
     "sem_seg": ("mIoU", "fwIoU", "mACC", "pACC"),
 }
+# further columns of the task bbox: name of the column, task and metric in metrics.json
+FURTHER = {
+    "mask AP": ("segm", "AP"),
+    "keypoint AP": ("keypoints", "AP"),
+    "mIoU": ("sem_seg", "mIoU"),
+}
 
 
 def last_metrics(run_dir: str, task: str = "bbox") -> dict[str, float]:
@@ -84,6 +90,17 @@ def summarise(
     return {**row, **facts}
 
 
+def further_tasks(run_dirs: Sequence[str]) -> dict[str, float]:
+    """Means over runs of what models predict beside boxes; only what there is."""
+    found = {}
+    for column, (task, metric) in FURTHER.items():
+        values = [last_metrics(folder, task).get(metric) for folder in run_dirs]
+        values = [value for value in values if _is_number(value)]
+        if values:
+            found[column] = round(statistics.fmean(values), 3)
+    return found
+
+
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
@@ -101,18 +118,21 @@ def markdown_table(
     """The rows as a markdown table.
 
     Args:
-        rows: of :func:`summarise`.
+        rows: of :func:`summarise`, perhaps with :func:`further_tasks`.
         baseline: adds the gain over that row, and what an iteration costs beside its own.
         metrics: columns; gains are counted in the first.
     """
     first = metrics[0]
     base = next((row[first] for row in rows if row["name"] == baseline), None)
     costs = relative_costs(rows, baseline)
-    header = ["name", *metrics, "seeds"] + (["gain"] if base is not None else [])
+    further = [x for x in FURTHER if x not in metrics and any(x in row for row in rows)]
+    header = ["name", *metrics, *further, "seeds"] + (["gain"] if base is not None else [])
     header += ["cost"] if costs else []
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
-        cells = [row["name"], *(_cell(row, metric) for metric in metrics), str(row["seeds"])]
+        cells = [row["name"], *(_cell(row, metric) for metric in metrics)]
+        cells += [f"{row[column]:.1f}" if column in row else "-" for column in further]
+        cells.append(str(row["seeds"]))
         if base is not None:
             known = row[first] is not None and row["name"] != baseline
             cells.append(f"{row[first] - base:+.1f}" if known else "")

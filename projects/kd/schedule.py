@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .config import INHERIT
+from .config import INHERIT, PROPORTIONAL
+
+SHARES = {"START_ITER": 3, "WARMUP_ITERS": 90}  # of SOLVER.MAX_ITER, where PROPORTIONAL
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,17 @@ class Ramp:
 
 
 def build_ramp(cfg, head: str) -> Ramp:
-    """The schedule of a head: the values of KD.<HEAD>, the common ones where it inherits."""
+    """The schedule of a head: the values of KD.<HEAD>, the common ones where it inherits.
+
+    Where the head's START_ITER or WARMUP_ITERS is ``PROPORTIONAL`` it is SOLVER.MAX_ITER over 3 or
+    90, rounded.
+    """
     node = cfg.KD.get(head.upper(), {})
 
     def value(key: str) -> int:
         own = node.get(key, INHERIT)
+        if own == PROPORTIONAL and key in SHARES:
+            return round(cfg.SOLVER.MAX_ITER / SHARES[key])
         return cfg.KD[key] if own == INHERIT else own
 
     return Ramp(value("START_ITER"), value("WARMUP_ITERS"), value("END_ITER"))

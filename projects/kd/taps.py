@@ -39,14 +39,17 @@ class TapSpec:
             and are no backbone levels.
         every_call: False keeps the first output of a step, True the list of all outputs (a module
             called for each level, stage or image).
+        with_images: ``run`` gets the images too, ``run(model, features, images)``, as detectron2's
+            ``ImageList``: the padded batch and the sizes before padding.
     """
 
     path: str | tuple[str, ...]
-    run: Callable[[nn.Module, Mapping[str, Any]], Any] | None = None
+    run: Callable[..., Any] | None = None
     select: Callable[[Any], Any] | None = None
     every_call: bool = False
     take_input: bool = False
     channels: Callable[[nn.Module], int] | None = None
+    with_images: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -98,6 +101,21 @@ def architectures_with(names: Iterable[str]) -> list[str]:
     """Registered meta-archs that offer all taps in ``names``."""
     wanted = set(names)
     return sorted(arch for arch, taps in _TAPS.items() if wanted <= set(taps))
+
+
+def tapped_module(model: nn.Module, name: str) -> nn.Module:
+    """The submodule of a detector that a registered tap reads.
+
+    Raises:
+        ConfigError: a tap or a submodule that the detector does not have.
+    """
+    specs = taps_for(model)
+    if name not in specs:
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE {type(model).__name__} registered no tap '{name}'; "
+            f"it has {', '.join(sorted(specs))} (register_taps)"
+        )
+    return model.get_submodule(_resolve(model, name, specs[name]))
 
 
 class FeatureTaps:

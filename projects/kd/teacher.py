@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.structures import ImageList
 from torch import nn
 
 from .config import load_config
@@ -146,13 +147,15 @@ class Teacher:
         """
         assert not self.model.training, "the teacher left eval mode"
         tensor = self.preprocess(images, canvas, image_format)
+        sizes = [tuple(image.shape[-2:]) for image in images]
         try:
             with self.taps.record(), self._precision(tensor.device.type):
                 features = self.model.backbone(tensor)
+                specs = [spec for spec in self.taps.specs.values() if spec.run is not None]
                 # taps of one head share the function that runs it
-                for run in dict.fromkeys(spec.run for spec in self.taps.specs.values()):
-                    if run is not None:
-                        run(self.model, features)
+                for run, with_images in dict.fromkeys((x.run, x.with_images) for x in specs):
+                    extra = (ImageList(tensor, sizes),) if with_images else ()
+                    run(self.model, features, *extra)
             return {name: self.taps[name] for name in self.taps.specs}
         finally:
             self.taps.clear()

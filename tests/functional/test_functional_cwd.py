@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from kd_testing import peak_bytes, wave
+from kd_testing import wave
 
 from projects.kd.functional.cwd import cwd_loss
+from projects.kd.measure import peak_bytes
 
 
 def plain_cwd(student, teacher, tau=1.0, mask=None):

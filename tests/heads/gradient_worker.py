@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from kd_testing import CHANNELS, DENSE_CHANNELS, STRIDES, head_cfg, make_context, toy_info
+from detectron2.utils.events import EventStorage
+from kd_detr import LEVEL, decoded, detr_targets, info, toy_detr
+from kd_testing import (
+    CHANNELS,
+    DENSE_CHANNELS,
+    STRIDES,
+    Stages,
+    head_cfg,
+    make_context,
+    toy_info,
+    toy_retinanet,
+)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,6 +31,7 @@ SIZES = (((40, 56), (64, 33)), ((64, 48),))
 CANVAS = (64, 64)
 TEACHER_CHANNELS = CHANNELS + 3
 TASK_NORMALISER = 1e5
+BOX_CHANNELS = 16  # four anchors
 
 
 @dataclass(frozen=True)
@@ -26,15 +40,20 @@ class Case:
 
     ``whole_batch``: the gradients are those of the joined batch in one process; otherwise those of
     the mean of the ranks' losses.
+
+    ``detectors``: channels to the detector of a side, for heads that predict with it.
+    ``decoder``: the student is a transformer on one of the levels.
     """
 
     name: str
     node: dict = field(default_factory=dict)
     boxes: tuple[int, int] = (3, 5)
     whole_batch: bool = False
+    detectors: Callable = lambda channels: None  # of both sides; None = that of toy_info
+    decoder: bool = False
 
     def __str__(self):
-        kind = self.node.get("TARGET", "features")
+        kind = "a decoder" if self.decoder else self.node.get("TARGET", "features")
         return f"{self.name} on {kind}, {self.boxes[0]} and {self.boxes[1]} boxes an image"
 
 
@@ -53,7 +72,13 @@ CASES = {
         Case("FGFI", {"WEIGHT": 1.0}, whole_batch=True),
         Case("FGFI", {"WEIGHT": 1.0}, boxes=(4, 0), whole_batch=True),
         Case("FGFI", {"WEIGHT": 1.0}, boxes=(0, 0), whole_batch=True),
+        Case("SDF", {"EMBED_DIM": 8}),
+        # as many objects on both ranks: the normaliser of the detection loss is that of each
+        Case("D3ETR", boxes=(3, 6), decoder=True),
+        Case("D3ETR", {"ADAPTIVE": False}, boxes=(0, 0), decoder=True),
         Case("ICD", {"PRIORS": "uniform", "DIM": 16, "HEADS": 4, "FFN_DIM": 32, "DETACH_ITERS": 0}),
+        Case("OutputKD", {"WEIGHT": 10.0}, detectors=toy_retinanet),
+        Case("CSA", {"WEIGHT": 10.0, "DIM": 16, "HEADS": 4}, detectors=toy_retinanet),
     )
 }
 
@@ -68,17 +93,47 @@ class Step(nn.Module):
             {level: nn.Conv2d(3, CHANNELS, s, stride=s) for level, s in STRIDES.items()}
         )
         self.predictor = nn.Conv2d(CHANNELS, DENSE_CHANNELS, 1)
-        infos = toy_info(CHANNELS), toy_info(TEACHER_CHANNELS)
+        self.regressor = nn.Conv2d(CHANNELS, BOX_CHANNELS, 1)
+        # a tuple: the detectors' parameters are no part of the step
+        self.detectors = tuple(case.detectors(x) for x in (CHANNELS, TEACHER_CHANNELS))
+        infos = [
+            toy_info(channels, model=model)
+            for channels, model in zip((CHANNELS, TEACHER_CHANNELS), self.detectors, strict=True)
+        ]
+        self.detector = None
+        if case.decoder:
+            self.detector = toy_detr(CHANNELS)
+            teacher = toy_detr(TEACHER_CHANNELS, dim=24, seed=1).eval().requires_grad_(False)
+            self.teacher = SimpleNamespace(model=teacher)  # outside of the module tree
+            infos = info(self.detector), info(teacher)
         heads = build_imitation_heads(head_cfg(case.name, **case.node), *infos)
         self.head = heads[case.name]
 
     def forward(self, images, ctx):
         features = {level: conv(images) for level, conv in self.levels.items()}
         logits = [self.predictor(feature) for feature in features.values()]
-        ctx.student_features, ctx.student_outputs = features, {"dense": (logits,)}
-        task = sum(x.square().sum() for x in (*features.values(), *logits)) / TASK_NORMALISER
+        deltas = [self.regressor(feature) for feature in features.values()]
+        ctx.student_features = features
+        ctx.student_outputs = {"dense": (logits, deltas), "bottom_up": Stages(features)}
+        ctx.student, ctx.teacher = self.detectors[0], SimpleNamespace(model=self.detectors[1])
+        outputs = (*features.values(), *logits, *deltas)
+        task = sum(x.square().sum() for x in outputs) / TASK_NORMALISER
+        if self.detector is not None:
+            task = task + self.decode(features, ctx)
         torch.manual_seed(1)  # a head that draws does so alike wherever the batch is run
-        return task, sum(self.head(ctx).values())
+        with EventStorage():
+            return task, sum(self.head(ctx).values())
+
+    def decode(self, features, ctx):
+        """Fill the context with both decoders' outputs; a task loss of fixed normaliser."""
+        canvas = ctx.image_sizes, ctx.canvas
+        own = decoded(self.detector, features[LEVEL], *canvas)
+        with torch.no_grad():
+            other = decoded(self.teacher.model, ctx.teacher_features[LEVEL], *canvas)
+        ctx.student_outputs["decoder"], ctx.teacher_outputs["decoder"] = own, other
+        ctx.student, ctx.teacher = self.detector, self.teacher
+        detr_targets(ctx)
+        return (own.logits.square().sum() + own.boxes.square().sum()) / TASK_NORMALISER
 
 
 def batch_of(ranks, case: Case):
@@ -106,6 +161,7 @@ def gradients(module) -> dict[str, torch.Tensor]:
     return {
         name.removeprefix("module."): None if p.grad is None else p.grad.clone()
         for name, p in module.named_parameters()
+        if p.requires_grad
     }
 
 

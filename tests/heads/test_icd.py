@@ -19,7 +19,6 @@ from kd_testing import (
     head_cfg,
     instances,
     make_context,
-    peak_bytes,
     random_boxes,
     toy_info,
 )
@@ -31,6 +30,7 @@ from projects.kd.errors import ConfigError, DataError
 from projects.kd.functional.icd import value_distance
 from projects.kd.heads.icd import ICD
 from projects.kd.heads.icd_decoder import Cells, project
+from projects.kd.measure import peak_bytes
 
 STUDENT, TEACHER = CHANNELS, CHANNELS + 4
 SMALL = {"PRIORS": "uniform", "DIM": 16, "HEADS": 4, "FFN_DIM": 32, "DETACH_ITERS": 0}
@@ -248,6 +248,7 @@ def test_the_teacher_may_have_finer_levels():
     expected = head(ctx)
     for level, feature in ctx.teacher_features.items():
         ctx.teacher_features[level] = feature.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        ctx.teacher_strides[level] = STRIDES[level] // 2
     torch.manual_seed(3)
     found = head(ctx)
     for key in found:
@@ -429,3 +430,15 @@ def test_an_auxiliary_task_is_learned_and_logged(task):
         assert history[:5].mean() < 0.6 < 0.75 < history[-15:].mean()
     else:
         assert history[-15:].mean() < 0.8 * history[:5].mean()
+
+
+def test_accuracy_is_counted_at_the_odds_of_a_real_instance():
+    """One real among five: a probability of 0.3 is an answer "real", though below a half."""
+    ctx = context()
+    ctx.log_scalars = True
+    real = torch.tensor([True, False, False, False, False])
+    logits = torch.tensor([0.3, 0.3, 0.1, 0.1, 0.1]).logit()
+    with EventStorage(0) as storage:
+        build()._log(ctx, logits, real, torch.tensor(4.0), 1)
+        assert storage.latest()["kd/icd_accuracy"][0] == pytest.approx((1 + 3 / 4) / 2)
+        assert storage.latest()["kd/icd_box_error"][0] == 1.0

@@ -1,4 +1,4 @@
-"""Registration of data sets: the built-in one on import, those of KD.DATASETS from a config.
+"""Registration of data sets: the known ones on import, those of KD.DATASETS from a config.
 
 A data set named in the config needs no Python: class names, keypoint names, left/right pairs and
 the skeleton are read from the annotation file's categories.
@@ -17,12 +17,14 @@ from ..errors import ConfigError
 from .check import inspect_annotations, load_checked
 from .sem_seg import register_sem_seg_datasets
 from .shapes import register_shapes
+from .visdrone import register_visdrone
 
 _LIMB_COLOURS = [(255, 128, 0), (0, 128, 255), (0, 200, 80), (230, 60, 160), (150, 90, 255)]
 _configured: dict[str, tuple[str, str]] = {}  # name -> (json file, image folder)
 _logger = logging.getLogger(__name__)
 
 register_shapes()
+register_visdrone()
 
 
 def register_configured(cfg) -> None:

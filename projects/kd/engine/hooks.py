@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -28,7 +29,12 @@ class AuxLRScheduler(HookBase):
         for name, scheduler in self.schedulers.items():
             rate = scheduler.optimizer.param_groups[0]["lr"]
             self.trainer.storage.put_scalar(f"lr_{name.lower()}", rate, smoothing_hint=False)
-            scheduler.step()
+            with warnings.catch_warnings():
+                # a head that is idle at the start has taken no step yet
+                warnings.filterwarnings(
+                    "ignore", "Detected call of `lr_scheduler.step", UserWarning
+                )
+                scheduler.step()
 
     def state_dict(self) -> dict:
         """States by head."""

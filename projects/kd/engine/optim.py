@@ -124,7 +124,7 @@ def _auxiliary(cfg: CfgNode, name: str, head: nn.Module, parameters: list) -> Op
     # the same final fraction of the start value as in the main schedule
     own.SOLVER.BASE_LR_END *= node.BASE_LR / cfg.SOLVER.BASE_LR
     own.SOLVER.BASE_LR = node.BASE_LR
-    own.SOLVER.LR_SCHEDULER_NAME = node.LR_SCHEDULER_NAME
+    own.SOLVER.LR_SCHEDULER_NAME = node.LR_SCHEDULER_NAME or cfg.SOLVER.LR_SCHEDULER_NAME
     own.SOLVER.WARMUP_ITERS = node.WARMUP_ITERS
     return Optimization(
         optimizer,

@@ -27,7 +27,9 @@ class ImitationHead(nn.Module):
 
     Class attributes:
         requires: taps that both sides must offer ("features", "dense", ...).
+        requires_student: further taps of the student alone.
         supports: student meta-archs it is limited to; () = every one that offers ``requires``.
+        targets: values of KD.<HEAD>.TARGET, of heads that have this key.
         needs_boxes: the head reads ground-truth boxes.
 
     Args:
@@ -37,6 +39,7 @@ class ImitationHead(nn.Module):
     """
 
     requires: frozenset[str] = frozenset({"features"})
+    requires_student: frozenset[str] = frozenset()
     supports: tuple[str, ...] = ()
     needs_boxes: bool = False
 
@@ -95,16 +98,21 @@ class ImitationHead(nn.Module):
 
         Args:
             ctx: of the step.
-            level: whose stride the student's map has; None = a map that covers the canvas.
-            student, teacher: the maps; the teacher's is resized to the student's grid.
+            level: whose strides the maps have; None = maps that cover the canvas.
+            student, teacher: the maps; the teacher's is resized to the student's grid, with
+                ``mask_padding`` from cells inside its images alone.
         """
-        mask = None
+        mask = theirs = None
+        resized = student.shape[-2:] != teacher.shape[-2:]
         if self.mask_padding and level is None:
             mask = ctx.canvas_mask(student.shape[-2:])
-        elif self.mask_padding and ctx.has_padding(level):
-            mask = ctx.valid_mask(level)
+            theirs = ctx.canvas_mask(teacher.shape[-2:]) if resized else None
+        elif self.mask_padding:
+            mask = ctx.valid_mask(level) if ctx.has_padding(level) else None
+            if resized and ctx.teacher_has_padding(level):
+                theirs = ctx.teacher_valid_mask(level)
         student = student.float()
-        return student, align_spatial(teacher.detach().float(), student), mask
+        return student, align_spatial(teacher.detach().float(), student, theirs), mask
 
     def extra_repr(self) -> str:
         """Levels and weight in ``print(model)``."""

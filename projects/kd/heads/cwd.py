@@ -9,7 +9,8 @@ from ..context import DistillContext
 from ..errors import ConfigError
 from ..functional.cwd import cwd_loss
 from .base import IMITATION_HEAD_REGISTRY
-from .targets import MapImitation
+from .roi_maps import ROI_TARGETS, RoiMaps
+from .targets import TARGETS, MapImitation
 
 
 @register_config
@@ -19,7 +20,9 @@ def add_cwd_config(cfg) -> None:
     # Temperature of the softmax over positions.
     node.TAU = 1.0
     # "features" = backbone outputs; "dense" = classification logits of a one-stage head;
-    # "sem_seg" = class logits of a segmentation head; "decoder" = what their last layer reads.
+    # "sem_seg" = class logits of a segmentation head; "decoder" = what their last layer reads;
+    # "masks", "keypoints" = mask logits and keypoint heatmaps of the student's foreground
+    # proposals.
     node.TARGET = "features"
 
 
@@ -34,26 +37,51 @@ class CWD(MapImitation):
 
     Args:
         tau: temperature.
+        roi: reader of "masks" or "keypoints", see :class:`RoiMaps`. With ``tau`` 1 the latter
+            compares the distributions that Keypoint R-CNN's own loss is about.
         **base: see :class:`MapImitation`; adapters are linear (ours, the published one for
             segmentation adds a norm and ReLU).
     """
 
+    targets = (*TARGETS, *ROI_TARGETS)
     by_channel = True
 
-    def __init__(self, *, tau: float = 1.0, **base):
+    def __init__(self, *, tau: float = 1.0, roi: RoiMaps | None = None, **base):
         super().__init__(**base)
         self.tau = tau
+        self.roi = roi
+        self.needs_boxes = roi is not None
+        if roi is not None:
+            self.requires = frozenset({"features"})  # the teacher pools the regions from them
+            self.requires_student = roi.taps
 
     @classmethod
     def from_config(cls, cfg, student, teacher):
         """Read KD.CWD."""
-        tau = cfg.KD.CWD.TAU
-        if tau <= 0:
-            raise ConfigError(f"KD.CWD.TAU is {tau}, it must be positive")
-        return {**super().from_config(cfg, student, teacher), "tau": tau}
+        node = cfg.KD.CWD
+        if node.TAU <= 0:
+            raise ConfigError(f"KD.CWD.TAU is {node.TAU}, it must be positive")
+        if node.TARGET not in ROI_TARGETS:
+            return {**super().from_config(cfg, student, teacher), "tau": node.TAU}
+        if node.LEVELS:
+            raise ConfigError(f"KD.CWD.LEVELS: TARGET '{node.TARGET}' has no levels; use ()")
+        scale = cfg.KD.TEACHER.INPUT_SCALE
+        return {
+            "levels": [],
+            "weight": node.WEIGHT,
+            "mask_padding": node.MASK_PADDING,
+            "target": node.TARGET,
+            "tau": node.TAU,
+            "roi": RoiMaps.build(node.TARGET, student, teacher, "KD.CWD.TARGET", scale),
+        }
 
     def forward(self, ctx: DistillContext) -> dict[str, torch.Tensor]:
-        """``loss_kd_cwd``: weight * sum over levels of the divergence."""
+        """``loss_kd_cwd``: weight * sum over levels (or mean over regions) of the divergence."""
+        if self.roi is not None:
+            student, teacher = self.roi.read(ctx)
+            # without regions the mean is one over nothing
+            loss = cwd_loss(student, teacher, self.tau) if len(student) else student.sum()
+            return {"loss_kd_cwd": self.weight * loss}
         total = sum(
             cwd_loss(student, teacher, self.tau, mask) for student, teacher, mask in self.maps(ctx)
         )

@@ -10,7 +10,6 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from torch import nn
 
-from ..adapters import align_spatial
 from ..config import head_node, register_config
 from ..context import DistillContext, ModelInfo
 from ..data.priors import BoxPriors, dataset_priors, uniform_priors
@@ -203,8 +202,8 @@ class ICD(ImitationHead):
         student: list[list[Cells]] = [[] for _ in ctx.image_sizes]
         teacher: list[list[Cells]] = [[] for _ in ctx.image_sizes]
         for level in self.levels:
-            own = ctx.student_features[level].float()
-            other = align_spatial(ctx.teacher_features[level].detach().float(), own)
+            features = ctx.student_features[level], ctx.teacher_features[level]
+            own, other, _ = self.align(ctx, level, *features)
             for side, features in ((student, own), (teacher, other)):
                 for image, feature in enumerate(features.unbind()):
                     side[image].append(Cells(feature, self._extent(ctx, level, image)))
@@ -253,10 +252,11 @@ class ICD(ImitationHead):
         return torch.cat(parts)
 
     def _log(self, ctx, logits, real, error, number: int) -> None:
-        """Accuracy as the mean of that on real and on fake instances (0.5 = guessing)."""
+        """Accuracy: mean of those on real and on fake ones (0.5 = guessing), cut at their odds."""
         if not ctx.log_scalars or not 0 < number < len(real):
             return
-        right = ((logits > 0) == real).float()
+        odds = number / (len(real) - number)
+        right = ((logits > math.log(odds)) == real).float()
         ctx.put_scalar("kd/icd_accuracy", (right[real].mean() + right[~real].mean()) / 2)
         ctx.put_scalar("kd/icd_box_error", error / 4)
 

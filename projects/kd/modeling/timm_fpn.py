@@ -1,10 +1,12 @@
 """Any convolutional timm model as the bottom-up part of detectron2's FPN.
 
 ``MODEL.BACKBONE.NAME: "build_timm_fpn_backbone"`` gives p2..p6 for R-CNN,
-``"build_retinanet_timm_fpn_backbone"`` p3..p7 for RetinaNet, ``"build_plain_timm_backbone"`` stages
-without an FPN; ``MODEL.TIMM`` names and sets up the
-timm model, ``MODEL.FPN`` the pyramid. Stages are called res2..res5 by stride (res<k> has stride
-2^k), so they mean the same as detectron2's own. Set ``MODEL.PIXEL_MEAN``, ``PIXEL_STD`` and
+``"build_retinanet_timm_fpn_backbone"`` p3..p7 for RetinaNet; without a pyramid,
+``"build_timm_backbone"`` gives the stages of ``MODEL.FPN.IN_FEATURES`` for DETR, and
+``"build_plain_timm_backbone"`` those of ``MODEL.RESNETS.OUT_FEATURES`` for segmentation.
+``MODEL.TIMM`` names and sets up the timm model, ``MODEL.FPN`` the pyramid. Stages are called
+res2..res5 by stride (res<k> has stride 2^k), so they mean the same as detectron2's own. Set
+``MODEL.PIXEL_MEAN``, ``PIXEL_STD`` and
 ``INPUT.FORMAT: "RGB"`` to what the timm weights were trained with.
 """
 
@@ -96,6 +98,7 @@ def _fpn(cfg, bottom_up: TimmBackbone, top_block: nn.Module) -> FPN:
     )
 
 
+@BACKBONE_REGISTRY.register()
 def build_timm_backbone(
     cfg, input_shape: ShapeSpec, stages: Sequence[str] | None = None
 ) -> TimmBackbone:

@@ -1,0 +1,238 @@
+"""CSA: the cross-scale assistant of ScaleKD, whose predictions teach the student."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from detectron2.config import CfgNode
+from torch import nn
+
+from ..config import PROPORTIONAL, head_node, register_config
+from ..context import DistillContext
+from ..errors import ConfigError
+from ..functional.csa import default_rates
+from ..predict import predictor_for
+from ..predict.base import step_precision
+from .base import IMITATION_HEAD_REGISTRY, ImitationHead
+from .csa_attention import CrossScaleAttention
+from .output_kd import PredictionWeights, add_prediction_keys, cell_masks, prediction_losses
+
+
+@register_config
+def add_csa_config(cfg) -> None:
+    """Add KD.CSA."""
+    cfg.KD.CSA = node = head_node(weight=1.0, mask_padding=True)
+    add_prediction_keys(node)
+    # From START_ITER on the assistant teaches the student, ramping in over WARMUP_ITERS; it trains
+    # from the first iteration. -3: 1/3 and 1/90 of SOLVER.MAX_ITER (published: 30000 of 90000; the
+    # ramp is ours).
+    node.START_ITER = PROPORTIONAL
+    node.WARMUP_ITERS = PROPORTIONAL
+    # First iterations in which the assistant does not train: its optimizer does not step.
+    node.IDLE_ITERS = 0
+    # Width of queries, keys and values, and the attention heads that share it.
+    node.DIM = 256
+    node.HEADS = 8
+    # [[level, rate, rate, ...], ...]: the teacher's cells are aggregated at these rates, one for
+    # each group of attention heads. Levels that are not named: (r, r / 2) with r = 16, 8, 4, 2, 1
+    # at strides 8 to 128 for a teacher of double resolution, half of that at equal resolution.
+    node.RATES = []
+    # Depth-wise 3x3 convolution on the values.
+    node.LOCAL_ENHANCEMENT = True
+    # Add sine encodings of the cells' places to queries and keys (ours).
+    node.POSITIONS = False
+    # The assistant's own optimizer; LR_SCHEDULER_NAME "" = the student's, at the same iterations.
+    node.OPTIMIZER = CfgNode()
+    node.OPTIMIZER.NAME = "Adam"
+    node.OPTIMIZER.BASE_LR = 3e-4
+    node.OPTIMIZER.WEIGHT_DECAY = 1e-4
+    node.OPTIMIZER.CLIP_NORM = 35.0  # of the total gradient norm; 0 = no clipping
+    node.OPTIMIZER.LR_SCHEDULER_NAME = ""
+    node.OPTIMIZER.WARMUP_ITERS = 10
+
+
+@IMITATION_HEAD_REGISTRY.register()
+class CSA(ImitationHead):
+    """Cross-scale assistant (ScaleKD, Zhu et al., CVPR 2023).
+
+    At every level the assistant's features are the student's, detached, plus what
+    :class:`CrossScaleAttention` reads from the teacher. The student's own detection head, held
+    constant, predicts from them. These predictions
+
+    - train the attention on ground truth with the detector's own losses (``loss_aux_csa_*``, in
+      every iteration, by an optimizer of its own);
+    - detached, teach the student (``loss_kd_csa_*``, see :func:`prediction_losses`). At the start
+      W^O is 0: both predict the same, and these losses are 0.
+
+    ``kd/csa_gain`` in the log is the student's detection loss less the assistant's, on the same
+    anchors and regions: an assistant without a gain has nothing to teach.
+
+    One head pass serves both: the student's targets are those before the assistant's step. As the
+    two kinds of losses reach disjoint parameters, one backward pass of their sum and a step of each
+    optimizer do what the published alternation does.
+
+    Public material leaves open that head, residual, forms and normalisers of the terms, rates and
+    ramp are as here; these are ours.
+
+    Args:
+        attention: on the chosen levels.
+        weights: of the terms.
+        taps: of the student, that its predictor reads.
+        idle_iters: iterations at the start in which the assistant does not train.
+        **base: see :class:`ImitationHead`. ``levels`` are those with an assistant; the others'
+            features are the student's. With ``mask_padding`` no key lies in padding, and padding
+            takes no part in ``loss_kd_csa_*`` of dense predictions.
+    """
+
+    needs_boxes = True
+
+    def __init__(
+        self,
+        *,
+        attention: CrossScaleAttention,
+        weights: PredictionWeights,
+        taps: frozenset[str],
+        idle_iters: int = 0,
+        **base,
+    ):
+        super().__init__(**base)
+        self.attention = attention
+        self.weights = weights
+        self.requires_student = taps
+        self.idle_iters = idle_iters
+
+    @classmethod
+    def from_config(cls, cfg, student, teacher):
+        """Read KD.CSA."""
+        node = cfg.KD.CSA
+        predictor = predictor_for(student.model, "CSA")
+        predictor.check_student()
+        kwargs = super().from_config(cfg, student, teacher)
+        unread = [level for level in kwargs["levels"] if level not in predictor.levels]
+        if unread and (node.LEVELS or cfg.KD.LEVELS):
+            raise ConfigError(
+                f"KD.CSA.LEVELS (or KD.LEVELS): {', '.join(unread)} not among the levels that the "
+                f"student predicts from: {', '.join(predictor.levels)}"
+            )
+        levels = [level for level in kwargs["levels"] if level not in unread]
+        scale = cfg.KD.TEACHER.INPUT_SCALE
+        strides = {level: student.shapes[level].stride for level in levels}
+        rates = read_rates(node.RATES, strides, scale)
+        _check_node(node, rates)
+        attention = CrossScaleAttention(
+            student_channels=_width("student", student, levels),
+            teacher_channels=_width("teacher", teacher, levels),
+            rates=rates,
+            dim=node.DIM,
+            heads=node.HEADS,
+            local_enhancement=node.LOCAL_ENHANCEMENT,
+            positions=node.POSITIONS,
+        )
+        return {
+            **kwargs,
+            "levels": levels,
+            "attention": attention,
+            "weights": PredictionWeights.from_node(node, "KD.CSA", predictor.two_stage),
+            "taps": predictor.taps,
+            "idle_iters": node.IDLE_ITERS,
+        }
+
+    def forward(self, ctx: DistillContext) -> dict[str, torch.Tensor]:
+        """``loss_kd_csa_cls``, ``_box`` (``_rpn``) and ``loss_aux_csa_<name>`` of the detector."""
+        predictor = predictor_for(ctx.student)
+        assigned = predictor.assign(ctx)
+        student = predictor.student(ctx)
+        features = self.assist(ctx)
+        with step_precision(ctx.student_features[self.levels[0]]):
+            assistant = predictor.predict(features, assigned)
+        losses = predictor.losses(assistant, assigned)
+        self._log(ctx, predictor, student, assigned, losses)
+        trains = float(self.aux_active(ctx.iteration))
+        auxiliary = {
+            f"loss_aux_csa_{name.removeprefix('loss_')}": loss if trains else loss * 0.0
+            for name, loss in losses.items()
+        }
+        options = {"levels": self.levels, "masks": cell_masks(self, ctx)}
+        pairs = predictor.pairs(student, assistant, assigned, **options)
+        return {**prediction_losses(pairs, "csa", self.weights, self.weight), **auxiliary}
+
+    @torch.no_grad()
+    def _log(self, ctx, predictor, student, assigned, losses) -> None:
+        """``kd/csa_gain``: by how much its detection losses are below the student's own."""
+        if ctx.log_scalars:
+            own = predictor.losses(student, assigned)
+            ctx.put_scalar("kd/csa_gain", sum(own.values()) - sum(losses.values()))
+
+    def assist(self, ctx: DistillContext) -> dict[str, torch.Tensor]:
+        """The assistant's features, all of the student's levels, (N, C, H, W) in fp32."""
+        features = {level: x.detach().float() for level, x in ctx.student_features.items()}
+        for level in self.levels:
+            teacher = ctx.teacher_features[level].detach().float()
+            read = self.attention(level, features[level], teacher, self.teacher_mask(ctx, level))
+            features[level] = features[level] + read
+        return features
+
+    def teacher_mask(self, ctx: DistillContext, level: str) -> torch.Tensor | None:
+        """(N, 1, Ht, Wt) bool of the teacher's valid cells; None without padding."""
+        if not self.mask_padding or not ctx.teacher_has_padding(level):
+            return None
+        return ctx.teacher_valid_mask(level)
+
+    def aux_parameters(self) -> Iterable[nn.Parameter]:
+        """The whole assistant."""
+        return self.parameters()
+
+    def aux_active(self, iteration: int) -> bool:
+        """Whether the assistant's optimizer steps: Adam with weight decay moves idle weights."""
+        return iteration >= self.idle_iters
+
+
+def read_rates(given: list, strides: Mapping[str, int], scale: float) -> dict[str, tuple[int, ...]]:
+    """Rates of every level: those of KD.CSA.RATES, and the table's for the rest.
+
+    Args:
+        given: KD.CSA.RATES.
+        strides: level to stride, of the levels with an assistant.
+        scale: side of the teacher's input over that of the student's.
+
+    Raises:
+        ConfigError: a level without an assistant, or rates that are no positive integers.
+    """
+    rates = {level: default_rates(stride, scale) for level, stride in strides.items()}
+    for entry in given:
+        level, *values = entry if isinstance(entry, (list, tuple)) and entry else (entry,)
+        if level not in rates:
+            raise ConfigError(
+                f"KD.CSA.RATES: {entry} is not for one of the assistant's levels: "
+                f"{', '.join(rates)}; write [[level, rate, rate], ...]"
+            )
+        if not values or any(not isinstance(x, int) or x < 1 for x in values):
+            raise ConfigError(f"KD.CSA.RATES: the rates of {entry} must be integers from 1 on")
+        rates[level] = tuple(values)
+    return rates
+
+
+def _check_node(node, rates: Mapping[str, tuple[int, ...]]) -> None:
+    for level, groups in rates.items():
+        if node.HEADS < 1 or node.HEADS % len(groups):
+            raise ConfigError(
+                f"KD.CSA.HEADS is {node.HEADS}: it must be a multiple of the number of "
+                f"rates, and {level} has {len(groups)} (KD.CSA.RATES)"
+            )
+    unit = node.HEADS * (4 if node.POSITIONS else 1)
+    if node.DIM < 1 or node.DIM % unit:
+        what = "4 * HEADS, with POSITIONS" if node.POSITIONS else "HEADS"
+        raise ConfigError(f"KD.CSA.DIM is {node.DIM}, it must be a multiple of {what} = {unit}")
+    if node.IDLE_ITERS < 0:
+        raise ConfigError(f"KD.CSA.IDLE_ITERS is {node.IDLE_ITERS}, it must not be negative")
+
+
+def _width(side: str, info, levels) -> int:
+    widths = {level: info.shapes[level].channels for level in levels}
+    if len(set(widths.values())) != 1:
+        raise ConfigError(
+            f"KD.CSA.LEVELS: one attention serves all levels, but the {side}'s differ in width: "
+            + ", ".join(f"{level} {width}" for level, width in widths.items())
+        )
+    return next(iter(widths.values()))

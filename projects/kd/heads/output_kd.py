@@ -1,0 +1,251 @@
+"""OutputKD: the teacher's class and box predictions as targets, the plain baseline."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..config import head_node, register_config
+from ..context import DistillContext, ModelInfo
+from ..errors import ConfigError
+from ..functional.output_kd import (
+    box_weight,
+    dense_box_loss,
+    dense_class_loss,
+    region_box_loss,
+    region_class_loss,
+)
+from ..predict import AnchorMatch, Pairs, Predictor, predictor_for
+from ..predict.base import step_precision
+from .base import IMITATION_HEAD_REGISTRY, ImitationHead
+
+# Weights of the class and the box term of one-stage and of two-stage detectors.
+PRESETS = {
+    # ScaleKD's beta and gamma, as another summary gives them; the reductions they were made for are
+    # not public
+    "paper": {False: (0.2, 0.05), True: (0.5, 0.2)},
+    # ours: weighted means of at most about 1, beside task losses of about 1
+    "balanced": {False: (1.0, 0.5), True: (1.0, 0.5)},
+}
+FROM_PRESET = -1.0
+
+
+class PredictionWeights(NamedTuple):
+    """Factors of the terms of :func:`prediction_losses`, and the temperature of region classes."""
+
+    cls: float
+    box: float
+    rpn: float
+    temperature: float = 1.0
+
+    @classmethod
+    def from_node(cls, node, key: str, two_stage: bool) -> PredictionWeights:
+        """Read the keys of :func:`add_prediction_keys`; ConfigError names the wrong one."""
+        if node.PRESET not in PRESETS:
+            raise ConfigError(f"{key}.PRESET: '{node.PRESET}' is not one of {', '.join(PRESETS)}")
+        if node.TEMPERATURE <= 0:
+            raise ConfigError(f"{key}.TEMPERATURE is {node.TEMPERATURE}, it must be positive")
+        table = PRESETS[node.PRESET]
+        # the objectness of proposals weighs what classes of one-stage detectors do
+        values = [*table[two_stage], table[False][0]]
+        for place, name in enumerate(("CLS_WEIGHT", "BOX_WEIGHT", "RPN_WEIGHT")):
+            if node[name] != FROM_PRESET:
+                values[place] = node[name]
+            if values[place] < 0:
+                raise ConfigError(f"{key}.{name} is {values[place]}, it must not be negative")
+        return cls(*values, node.TEMPERATURE)
+
+
+def add_prediction_keys(node) -> None:
+    """The keys of heads that compare predictions."""
+    # Weights of the terms: "balanced" (ours), or "paper": ScaleKD's beta and gamma, which were made
+    # for reductions that are not public.
+    node.PRESET = "balanced"
+    # Weights in place of the preset's: classes, boxes, objectness of region proposals. -1 = preset.
+    node.CLS_WEIGHT = FROM_PRESET
+    node.BOX_WEIGHT = FROM_PRESET
+    node.RPN_WEIGHT = FROM_PRESET
+    # Temperature of the softmax over the classes of a region (two-stage detectors).
+    node.TEMPERATURE = 1.0
+
+
+def prediction_losses(pairs: Pairs, name: str, weights: PredictionWeights, factor: float) -> dict:
+    """``loss_kd_<name>_cls``, ``_box`` and, with region proposals, ``_rpn``, weighted.
+
+    Levels are summed before they are normalised; stages of a cascade are averaged.
+
+    Args:
+        pairs: predictions of both sides.
+        name: of the head.
+        weights: of the terms.
+        factor: of all of them.
+    """
+    losses = {}
+    if pairs.dense:
+        cls = dense_class_loss(_classes(pairs.dense))
+        box = dense_box_loss(
+            [
+                (
+                    p.student_boxes,
+                    p.target_boxes,
+                    box_weight(p.target_logits, p.counted, p.positive),
+                )
+                for p in pairs.dense
+            ]
+        )
+    else:
+        stages = len(pairs.regions)
+        cls = sum(
+            region_class_loss(p.student_logits, p.target_logits, weights.temperature)
+            for p in pairs.regions
+        )
+        box = sum(
+            region_box_loss(p.student_deltas, p.target_deltas, p.foreground) for p in pairs.regions
+        )
+        cls, box = cls / stages, box / stages
+    losses[f"loss_kd_{name}_cls"] = factor * weights.cls * cls
+    losses[f"loss_kd_{name}_box"] = factor * weights.box * box
+    if pairs.proposals:
+        term = dense_class_loss(_classes(pairs.proposals))
+        losses[f"loss_kd_{name}_rpn"] = factor * weights.rpn * term
+    return losses
+
+
+def _classes(pairs):
+    return [(p.student_logits, p.target_logits, p.counted) for p in pairs]
+
+
+def cell_masks(head: ImitationHead, ctx: DistillContext) -> dict[str, torch.Tensor | None]:
+    """Valid cells of the head's levels: None without padding, or where padding takes part."""
+    return {
+        level: ctx.valid_mask(level) if head.mask_padding and ctx.has_padding(level) else None
+        for level in head.levels
+    }
+
+
+@register_config
+def add_output_kd_config(cfg) -> None:
+    """Add KD.OUTPUTKD."""
+    cfg.KD.OUTPUTKD = node = head_node(weight=1.0, mask_padding=True)
+    add_prediction_keys(node)
+    # Target boxes are moved by so many input pixels along the diagonal, forward or back by chance:
+    # the published experiment on noisy boxes (6 and 12).
+    node.BOX_JITTER = 0.0
+
+
+@IMITATION_HEAD_REGISTRY.register()
+class OutputKD(ImitationHead):
+    """Class and box predictions of the teacher as targets (the baseline in ScaleKD, CVPR 2023).
+
+    Both detectors are of one family and predict for the same classes on the same anchors (see
+    :func:`~projects.kd.predict.dense.match_anchors` for teachers that see a larger image) or, with
+    two stages, for the student's sampled proposals. Terms and their normalisers:
+    :mod:`~projects.kd.functional.output_kd`. Normalisers are those of the process's own batch, as
+    in detectron2's RetinaNet.
+
+    Args:
+        weights: of the terms.
+        match: level to where the teacher predicts for the student's anchors.
+        teacher_levels: the teacher's own name of a level to the student's.
+        predictor: the student's.
+        scale: KD.TEACHER.INPUT_SCALE.
+        jitter: see :func:`~projects.kd.functional.output_kd.jitter_boxes`.
+        **base: see :class:`ImitationHead`. ``levels`` are those predicted level by level; regions
+            are compared whatever level they lie on.
+    """
+
+    needs_boxes = True
+
+    def __init__(
+        self,
+        *,
+        weights: PredictionWeights,
+        match: dict[str, AnchorMatch],
+        teacher_levels: dict[str, str],
+        taps: frozenset[str],
+        scale: float = 1.0,
+        jitter: float = 0.0,
+        **base,
+    ):
+        super().__init__(**base)
+        self.weights = weights
+        self.match = match
+        self.teacher_levels = teacher_levels
+        self.requires_student = taps
+        self.scale = scale
+        self.jitter = jitter
+
+    @classmethod
+    def from_config(cls, cfg, student, teacher):
+        """Read KD.OUTPUTKD."""
+        node, key = cfg.KD.OUTPUTKD, "KD.OUTPUTKD"
+        if node.BOX_JITTER < 0:
+            raise ConfigError(f"{key}.BOX_JITTER is {node.BOX_JITTER}, it must not be negative")
+        ours = predictor_for(student.model, "OutputKD")
+        theirs = predictor_for(teacher.model, "OutputKD", "teacher")
+        ours.check_student()
+        scale = cfg.KD.TEACHER.INPUT_SCALE
+        if ours.num_classes != theirs.num_classes:
+            raise ConfigError(
+                f"{key}: the student has {ours.num_classes} classes and the teacher "
+                f"{theirs.num_classes}; their predictions cannot be compared"
+            )
+        match = ours.match(theirs, scale, key)
+        kwargs = super().from_config(cfg, student, teacher)
+        missing = [level for level in kwargs["levels"] if level not in match]
+        if missing and (node.LEVELS or cfg.KD.LEVELS):
+            raise ConfigError(
+                f"{key}.LEVELS (or KD.LEVELS): the teacher predicts for the student's anchors on "
+                f"{', '.join(match)}, not on {', '.join(missing)}"
+            )
+        kwargs["levels"] = [level for level in kwargs["levels"] if level in match]
+        return {
+            **kwargs,
+            "weights": PredictionWeights.from_node(node, key, ours.two_stage),
+            "match": match,
+            "teacher_levels": own_names(theirs, teacher, key),
+            "taps": ours.taps,
+            "scale": scale,
+            "jitter": node.BOX_JITTER,
+        }
+
+    def forward(self, ctx: DistillContext) -> dict[str, torch.Tensor]:
+        """``loss_kd_outputkd_cls``, ``_box`` and, with region proposals, ``_rpn``."""
+        ours, theirs = predictor_for(ctx.student), predictor_for(ctx.teacher.model)
+        assigned = ours.assign(ctx)
+        student = ours.student(ctx)
+        pairs = ours.pairs(
+            student,
+            self.targets(ctx, theirs, assigned),
+            assigned,
+            levels=self.levels,
+            masks=cell_masks(self, ctx),
+            match=self.match,
+            jitter=self.jitter,
+        )
+        return prediction_losses(pairs, "outputkd", self.weights, self.weight)
+
+    @torch.no_grad()
+    def targets(self, ctx: DistillContext, teacher: Predictor, assigned):
+        """The teacher's predictions from the features of the step."""
+        features = {own: ctx.teacher_features[ours] for own, ours in self.teacher_levels.items()}
+        with step_precision(next(iter(features.values()))):
+            return teacher.predict(features, assigned, scale=self.scale, constant=False)
+
+
+def own_names(predictor: Predictor, teacher: ModelInfo, key: str) -> dict[str, str]:
+    """The teacher's own names of the levels that it predicts from, to the student's names.
+
+    Raises:
+        ConfigError: a level that is paired with none of the student's.
+    """
+    shapes = predictor.model.backbone.output_shape()
+    names = {shape.stride: level for level, shape in teacher.shapes.items()}
+    missing = [level for level in predictor.levels if shapes[level].stride not in names]
+    if missing:
+        raise ConfigError(
+            f"{key}: the teacher predicts from {', '.join(predictor.levels)}, but "
+            f"{', '.join(missing)} is paired with no level of the student (KD.LEVEL_MAP)"
+        )
+    return {level: names[shapes[level].stride] for level in predictor.levels}

@@ -1,0 +1,322 @@
+"""SDF: distillation of the last backbone stage, decoupled by scale."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import ShapeSpec
+from detectron2.utils import comm
+from torch import nn
+
+from ..adapters import align_spatial, build_adapter
+from ..config import head_node, register_config
+from ..context import DistillContext, ModelInfo
+from ..errors import ConfigError
+from ..functional.mimic import mimic_loss
+from ..functional.sdf import embed, group_norm, spread
+from ..taps import tapped_module
+from .base import IMITATION_HEAD_REGISTRY, ImitationHead
+
+logger = logging.getLogger(__name__)
+
+TARGETS = ("ema", "shared", "frozen")
+# Weight of the feature term for one-stage and for two-stage students. "paper": alpha of ScaleKD as
+# a public summary of the paper quotes it; the reduction that it went with is not known. "balanced":
+# ours; on shapes the term starts at a third of the task losses (its gradient at the stage at twice
+# theirs) and falls as E learns.
+PRESETS = {"paper": (0.01, 0.07), "balanced": (0.3, 0.3)}
+BY_PRESET = -1.0
+COLLAPSED = 0.1  # of its first value: below that a target's spread is reported
+
+
+@register_config
+def add_sdf_config(cfg) -> None:
+    """Add KD.SDF."""
+    cfg.KD.SDF = node = head_node(weight=BY_PRESET, mask_padding=True)
+    # WEIGHT -1.0 = that of the preset, by the kind of student: "balanced" or "paper". LEVELS are
+    # stages of the student's backbone ("res5",); () = the last one. KD.LEVELS does not count here.
+    node.PRESET = "balanced"
+    # Dilations of the weight-shared 3x3 convolution, one branch each.
+    node.DILATIONS = [1, 2, 3]
+    # Channels that each branch is projected to.
+    node.EMBED_DIM = 256
+    # True: each branch's embedding is normalised over its channels in every cell.
+    node.NORMALIZE = True
+    # Who embeds the teacher's features, never with a gradient: "ema" = a moving average of the
+    # student's module, "shared" = that module itself, "frozen" = its first, random state.
+    node.TEACHER_SDF = "ema"
+    # What "ema" keeps of itself in an optimizer step; 0.995 for schedules of a few thousand.
+    node.EMA_DECAY = 0.999
+
+
+class MaskedGroupNorm(nn.GroupNorm):
+    """GroupNorm of up to 32 groups of at least four channels, over the cells inside a mask."""
+
+    def __init__(self, channels: int):
+        groups = (g for g in (32, 16, 8, 4, 2) if channels % g == 0 and channels // g >= 4)
+        super().__init__(next(groups, 1), channels)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """See :func:`~projects.kd.functional.sdf.group_norm`."""
+        return group_norm(x, self.num_groups, self.weight, self.bias, mask)
+
+
+class ScaleDecoupler(nn.Module):
+    """One residual bottleneck, seen at several dilations with the same weights.
+
+    ``E(u) = concat_r LN(phi_r(relu(u + g_r(u))))`` with g_r = 1x1, 3x3 of dilation r, 1x1, each
+    followed by a norm, the first two by a ReLU as well. Dilations, sharing and concatenation as a
+    public summary of the paper has them; widths, norm and the form of phi are ours.
+
+    Args:
+        channels: C of the input.
+        width: channels inside of the bottleneck.
+        embed_dim: D of each branch's projection phi_r, which is not shared.
+        dilations: r.
+        normalise: False leaves LN out.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        embed_dim: int,
+        dilations: Sequence[int] = (1, 2, 3),
+        normalise: bool = True,
+    ):
+        super().__init__()
+        self.dilations = tuple(dilations)
+        self.normalise = normalise
+        self.reduce = nn.Conv2d(channels, width, 1, bias=False)
+        self.reduce_norm = MaskedGroupNorm(width)
+        self.middle = nn.Conv2d(width, width, 3, bias=False)
+        self.middle_norm = MaskedGroupNorm(width)
+        self.expand = nn.Conv2d(width, channels, 1, bias=False)
+        self.expand_norm = MaskedGroupNorm(channels)
+        self.project = nn.ModuleList(
+            nn.Linear(channels, embed_dim, bias=False) for _ in self.dilations
+        )
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Embed the cells of a map.
+
+        Args:
+            x: (N, C, H, W), finite outside of the mask too.
+            mask: (N, 1, H, W) bool; cells outside are no neighbours and count in no norm, and what
+                the result holds there means nothing. None = all cells.
+
+        Returns:
+            (N, R * D, H, W).
+        """
+        reduced = F.relu(self.reduce_norm(self.reduce(x), mask))  # the same for all branches
+        if mask is not None:
+            reduced = reduced * mask
+        branches = []
+        for rate in self.dilations:
+            inner = F.conv2d(reduced, self.middle.weight, padding=rate, dilation=rate)
+            inner = F.relu(self.middle_norm(inner, mask))
+            branches.append(F.relu(x + self.expand_norm(self.expand(inner), mask)))
+        return embed(branches, [phi.weight for phi in self.project], self.normalise)
+
+
+@IMITATION_HEAD_REGISTRY.register()
+class SDF(ImitationHead):
+    """Scale-decoupled feature distillation, the first half of ScaleKD (Zhu et al., CVPR 2023).
+
+    ``weight * mean over images, valid cells and channels of (E(A(z_s)) - E'(R(z_t)))^2`` on the
+    last backbone stage z: A = adapter, R = mean of the teacher's cells in each of the student's
+    (ours), E = :class:`ScaleDecoupler`, E' = its copy for the teacher.
+
+    The paper does not say who trains E'. With a gradient on both sides the loss falls to 0 because
+    both embeddings become constant (measured: their spread over cells falls to a tenth), so here E'
+    has none: by default it is the moving average of E, taken once an iteration before E is used.
+    ``kd/sdf_target_std`` logs the spread of E'; one warning says when it is lost. A small loss by
+    itself is no success.
+
+    Args:
+        adapters: student stage to A.
+        decouplers: student stage to E.
+        teacher_stages: student stage to the name of its teacher stage.
+        strides: student stage to its stride and the teacher's, each in pixels of its own input.
+        teacher_sdf: "ema", "shared" or "frozen".
+        ema_decay: in [0, 1).
+        **base: see :class:`ImitationHead`; ``levels`` are stages of the student's backbone.
+    """
+
+    requires = frozenset({"features", "bottom_up"})
+
+    def __init__(
+        self,
+        *,
+        adapters: nn.ModuleDict,
+        decouplers: nn.ModuleDict,
+        teacher_stages: dict[str, str],
+        strides: dict[str, tuple[int, int]],
+        teacher_sdf: str = "ema",
+        ema_decay: float = 0.999,
+        **base,
+    ):
+        super().__init__(**base)
+        self.adapters = adapters
+        self.decouplers = decouplers
+        self.teacher_stages = dict(teacher_stages)
+        self.strides = dict(strides)
+        self.teacher_sdf = teacher_sdf
+        self.ema_decay = ema_decay
+        # parameters in no optimizer: saved, and made equal on all processes when training starts
+        self.targets = None
+        if teacher_sdf != "shared":
+            self.targets = copy.deepcopy(decouplers).requires_grad_(False)
+        # at the first logged step; below 0 = none yet
+        self.register_buffer("first_spread", torch.full((), -1.0))
+        self._averaged_at: int | None = None
+        self._warned = False
+
+    @classmethod
+    def from_config(cls, cfg, student, teacher):
+        """Read KD.SDF."""
+        node = cfg.KD.SDF
+        _check_node(node)
+        ours, theirs = _stages("student", student), _stages("teacher", teacher)
+        pairs = _pair_stages(node.LEVELS, ours, theirs)
+        one_stage = "dense" in student.taps  # heads that predict at every cell of a level
+        preset = PRESETS[node.PRESET][0 if one_stage else 1]
+        adapters, decouplers = nn.ModuleDict(), nn.ModuleDict()
+        for stage, other in pairs.items():
+            channels = theirs[other].channels
+            adapters[stage] = build_adapter(cfg.KD.ADAPTER.TYPE, ours[stage].channels, channels)
+            decouplers[stage] = ScaleDecoupler(
+                channels, max(channels // 4, 8), node.EMBED_DIM, node.DILATIONS, node.NORMALIZE
+            )
+        return {
+            "levels": list(pairs),
+            "weight": preset if node.WEIGHT == BY_PRESET else node.WEIGHT,
+            "mask_padding": node.MASK_PADDING,
+            "adapters": adapters,
+            "decouplers": decouplers,
+            "teacher_stages": pairs,
+            "strides": {a: (ours[a].stride, theirs[b].stride) for a, b in pairs.items()},
+            "teacher_sdf": node.TEACHER_SDF,
+            "ema_decay": node.EMA_DECAY,
+        }
+
+    def forward(self, ctx: DistillContext) -> dict[str, torch.Tensor]:
+        """``loss_kd_sdf``: weight * mean over stages of the mean squared difference."""
+        self._average(ctx.iteration)
+        total, spreads = 0.0, []
+        for stage in self.levels:
+            student, teacher, mask = self.stage_pair(ctx, stage)
+            own = self.decouplers[stage](self.adapters[stage](student), mask)
+            target = self.embed_teacher(stage, teacher, mask)
+            total = total + mimic_loss(own, target, mask)
+            if ctx.log_scalars:
+                spreads.append(spread(target.detach(), mask))
+        if spreads:
+            self._watch(ctx, torch.stack(spreads).mean())
+        return {"loss_kd_sdf": self.weight * total / len(self.levels)}
+
+    @torch.no_grad()
+    def embed_teacher(self, stage: str, teacher: torch.Tensor, mask: torch.Tensor | None):
+        """E' of a stage's teacher features (N, C, H, W) on the student's grid; no gradient."""
+        modules = self.decouplers if self.targets is None else self.targets
+        return modules[stage](teacher, mask)
+
+    def stage_pair(self, ctx: DistillContext, stage: str):
+        """A backbone stage of both sides in fp32 on the student's grid, 0 in the padding.
+
+        Returns:
+            (N, C, H, W) student, (N, C_teacher, H, W) teacher without gradient, and the
+            (N, 1, H, W) mask of valid cells: None without ``mask_padding`` or padding.
+        """
+        student = ctx.student_outputs["bottom_up"][stage].float()
+        teacher = ctx.teacher_outputs["bottom_up"][self.teacher_stages[stage]].detach().float()
+        mask = theirs = None
+        if self.mask_padding:
+            mask = ctx.padding_mask("student", student, self.strides[stage][0])
+            theirs = ctx.padding_mask("teacher", teacher, self.strides[stage][1])
+        teacher = align_spatial(teacher, student, theirs)
+        if mask is not None:
+            student, teacher = (x.masked_fill(~mask, 0.0) for x in (student, teacher))
+        return student, teacher, mask
+
+    @torch.no_grad()
+    def _average(self, iteration: int) -> None:
+        """Take the last optimizer step into the moving average.
+
+        When an iteration first comes by, not once a batch: an accumulated step counts once. The
+        very first call finds equal values and changes nothing, and after a resume the first call
+        does what the interrupted run would have done, so no counter has to be saved.
+        """
+        if not self.training or self.teacher_sdf != "ema" or self._averaged_at == iteration:
+            return
+        self._averaged_at = iteration
+        averages, own = list(self.targets.parameters()), list(self.decouplers.parameters())
+        torch._foreach_lerp_(averages, own, 1.0 - self.ema_decay)
+
+    def _watch(self, ctx: DistillContext, value: torch.Tensor) -> None:
+        """Log the target's spread and say once if it is lost; only in steps that log."""
+        value = value.item()
+        ctx.put_scalar("kd/sdf_target_std", value)
+        if self.first_spread < 0:
+            self.first_spread.fill_(value)
+        first = self.first_spread.item()
+        if value < COLLAPSED * first and not self._warned and comm.is_main_process():
+            self._warned = True
+            logger.warning(
+                "KD.SDF: the teacher's embedding collapses: its spread over cells is %.3g, at the "
+                "start it was %.3g; a small loss_kd_sdf now means nothing (KD.SDF.TEACHER_SDF)",
+                value,
+                first,
+            )
+
+
+def _check_node(node) -> None:
+    for key, allowed in (("TEACHER_SDF", TARGETS), ("PRESET", tuple(PRESETS))):
+        if node[key] not in allowed:
+            raise ConfigError(f"KD.SDF.{key}: '{node[key]}' is not one of {', '.join(allowed)}")
+    if node.WEIGHT < 0 and node.WEIGHT != BY_PRESET:
+        raise ConfigError(
+            f"KD.SDF.WEIGHT is {node.WEIGHT}; give a weight, or -1.0 for the preset's"
+        )
+    if not node.DILATIONS or any(type(r) is not int or r < 1 for r in node.DILATIONS):
+        raise ConfigError(f"KD.SDF.DILATIONS: {node.DILATIONS} is no list of whole numbers from 1")
+    if node.EMBED_DIM < 2:
+        raise ConfigError(f"KD.SDF.EMBED_DIM is {node.EMBED_DIM}, it must be at least 2")
+    if not 0 <= node.EMA_DECAY < 1:
+        raise ConfigError(f"KD.SDF.EMA_DECAY is {node.EMA_DECAY}, it must lie in [0, 1)")
+
+
+def _stages(side: str, info: ModelInfo) -> dict[str, ShapeSpec]:
+    """Stages of one side's backbone by name, in their order."""
+    try:
+        return dict(tapped_module(info.model, "bottom_up").output_shape())
+    except (ConfigError, AttributeError) as error:
+        raise ConfigError(
+            f"KD.HEADS: SDF reads the stages of the {side}'s backbone, and {info.arch} has a "
+            f"{type(info.model.backbone).__name__} without stages below a pyramid ({error})"
+        ) from error
+
+
+def _pair_stages(
+    wanted: Sequence[str], ours: dict[str, ShapeSpec], theirs: dict[str, ShapeSpec]
+) -> dict[str, str]:
+    """Student stage to teacher stage: the last of both, or those named, by equal stride."""
+    if not wanted:
+        return {_last(ours): _last(theirs)}
+    by_stride = {shape.stride: name for name, shape in theirs.items()}
+    lacking = [x for x in wanted if x not in ours or ours[x].stride not in by_stride]
+    if lacking:
+        raise ConfigError(
+            f"KD.SDF.LEVELS: {', '.join(lacking)} not among the backbone stages that student "
+            f"({', '.join(ours)}) and teacher ({', '.join(theirs)}) share; () = the last of both"
+        )
+    return {stage: by_stride[ours[stage].stride] for stage in wanted}
+
+
+def _last(shapes: dict[str, ShapeSpec]) -> str:
+    """The deepest stage: of those with the largest stride the last."""
+    return max(reversed(shapes), key=lambda name: shapes[name].stride)

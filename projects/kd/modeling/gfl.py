@@ -1,0 +1,276 @@
+"""GFL: a one-stage detector whose boxes are distributions and whose scores are box qualities."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import batched_nms
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.structures import Boxes
+from detectron2.structures.boxes import matched_pairwise_iou
+from detectron2.utils.events import get_event_storage
+from fvcore.nn import giou_loss
+from torch import nn
+
+from ..config import register_config
+from ..functional.atss import atss_assign
+from ..functional.gfl import (
+    boxes_to_sides,
+    distribution_focal_loss,
+    integral,
+    quality_focal_loss,
+    sides_to_boxes,
+)
+from ..heads.base import mean_over_ranks
+from ..taps import register_class_key
+
+ANCHOR_SCALE = 8.0  # side of the one square anchor a location, in strides (ATSS)
+
+
+@register_config
+def add_gfl_config(cfg) -> None:
+    """Add MODEL.GFL; values of the paper and (recalled) the authors' R-50 config."""
+    cfg.MODEL.GFL = node = CfgNode()
+    node.NUM_CLASSES = 80
+    node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Convolutions before the predictions, and their norm.
+    node.NUM_CONVS = 4
+    node.NORM = "GN"
+    # Class probability that the bias starts from.
+    node.PRIOR_PROB = 0.01
+    # n: a side is a distribution over 0, 1, ..., n strides.
+    node.REG_MAX = 16
+    # ATSS: candidates a level.
+    node.TOPK_ASSIGN = 9
+    # Exponent of the quality focal loss.
+    node.BETA = 2.0
+    # Weights of the GIoU loss and of the distribution focal loss.
+    node.GIOU_WEIGHT = 2.0
+    node.DFL_WEIGHT = 0.25
+    node.SCORE_THRESH_TEST = 0.05
+    node.TOPK_CANDIDATES_TEST = 1000
+    node.NMS_THRESH_TEST = 0.6
+
+
+class GFLHead(RetinaNetHead):
+    """RetinaNet's two towers; a side is n + 1 logits, scaled by a learnt factor of its level.
+
+    Args:
+        reg_max: n.
+        **kwargs: of RetinaNetHead, without ``num_anchors``.
+    """
+
+    def __init__(self, *, reg_max: int, conv_dims, **kwargs):
+        super().__init__(num_anchors=1, conv_dims=conv_dims, **kwargs)
+        self.bbox_pred = nn.Conv2d(conv_dims[-1], 4 * (reg_max + 1), 3, padding=1)
+        nn.init.normal_(self.bbox_pred.weight, std=0.01)
+        nn.init.zeros_(self.bbox_pred.bias)
+        self.scales = nn.Parameter(torch.ones(self._num_features))
+
+    def forward(self, features):
+        """Lists over levels: (N, K, H, W) class logits, (N, 4 * (n + 1), H, W) logits of bins."""
+        logits, bins = [], []
+        for feature, scale in zip(features, self.scales, strict=True):
+            logits.append(self.cls_score(self.cls_subnet(feature)))
+            bins.append(self.bbox_pred(self.bbox_subnet(feature)) * scale)
+        return logits, bins
+
+
+class IntegralBoxes:
+    """Bins to boxes, with the method that detectron2's dense detectors decode by."""
+
+    def apply_deltas(self, bins: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+        """(R, 4 * (n + 1)) logits at (R, 4) anchors to (R, 4) boxes."""
+        centres, strides = points_of(anchors)
+        return sides_to_boxes(centres, integral(bins.float()) * strides[:, None])
+
+
+def points_of(anchors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R, 2) centres and (R,) strides of anchors of ANCHOR_SCALE strides."""
+    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    return centres, (anchors[:, 2] - anchors[:, 0]) / ANCHOR_SCALE
+
+
+@META_ARCH_REGISTRY.register()
+class GFL(DenseDetector):
+    """Generalised focal loss (Li et al., NeurIPS 2020) with ATSS assignment.
+
+    Losses: quality focal loss over all locations / number of positives; GIoU and distribution
+    focal loss (mean of a box's sides) at positives, each weighted by the location's best class
+    score and divided by the sum of these weights. Both divisors are means over processes.
+
+    Args:
+        anchor_generator: one square of ANCHOR_SCALE strides a location.
+        topk_assign: see :func:`~projects.kd.functional.atss.atss_assign`.
+        beta: exponent of the quality focal loss.
+        giou_weight, dfl_weight: of the box losses.
+        others: as in detectron2's RetinaNet.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone,
+        head,
+        head_in_features,
+        anchor_generator,
+        num_classes: int,
+        topk_assign: int = 9,
+        beta: float = 2.0,
+        giou_weight: float = 2.0,
+        dfl_weight: float = 0.25,
+        test_score_thresh: float = 0.05,
+        test_topk_candidates: int = 1000,
+        test_nms_thresh: float = 0.6,
+        max_detections_per_image: int = 100,
+        pixel_mean,
+        pixel_std,
+    ):
+        super().__init__(
+            backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
+        )
+        self.anchor_generator = anchor_generator
+        self.box2box_transform = IntegralBoxes()
+        self.num_classes = num_classes
+        self.topk_assign = topk_assign
+        self.beta = beta
+        self.giou_weight = giou_weight
+        self.dfl_weight = dfl_weight
+        self.test_score_thresh = test_score_thresh
+        self.test_topk_candidates = test_topk_candidates
+        self.test_nms_thresh = test_nms_thresh
+        self.max_detections_per_image = max_detections_per_image
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Read MODEL.GFL."""
+        node = cfg.MODEL.GFL
+        backbone = build_backbone(cfg)
+        shapes = [backbone.output_shape()[level] for level in node.IN_FEATURES]
+        head = GFLHead(
+            reg_max=node.REG_MAX,
+            input_shape=shapes,
+            num_classes=node.NUM_CLASSES,
+            conv_dims=[shapes[0].channels] * node.NUM_CONVS,
+            prior_prob=node.PRIOR_PROB,
+            norm=node.NORM,
+        )
+        strides = [shape.stride for shape in shapes]
+        return {
+            "backbone": backbone,
+            "head": head,
+            "head_in_features": list(node.IN_FEATURES),
+            "anchor_generator": DefaultAnchorGenerator(
+                sizes=[[ANCHOR_SCALE * stride] for stride in strides],
+                aspect_ratios=[[1.0]],
+                strides=strides,
+                offset=cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
+            ),
+            "num_classes": node.NUM_CLASSES,
+            "topk_assign": node.TOPK_ASSIGN,
+            "beta": node.BETA,
+            "giou_weight": node.GIOU_WEIGHT,
+            "dfl_weight": node.DFL_WEIGHT,
+            "test_score_thresh": node.SCORE_THRESH_TEST,
+            "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": node.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    @property
+    def reg_max(self) -> int:
+        """n, the longest side in strides."""
+        return self.head.bbox_pred.out_channels // 4 - 1
+
+    def forward_training(self, images, features, predictions, gt_instances):
+        """``loss_gfl_cls``, ``loss_gfl_box`` and ``loss_gfl_dfl``."""
+        logits, bins = self._transpose_dense_predictions(
+            predictions, [self.num_classes, 4 * (self.reg_max + 1)]
+        )
+        anchors = self.anchor_generator(features)
+        labels, boxes = self.label_anchors(anchors, gt_instances)
+        return self.losses(anchors, logits, bins, labels, boxes)
+
+    @torch.no_grad()
+    def label_anchors(self, anchors, gt_instances):
+        """Per image (A,) classes (K = background) and (A, 4) boxes (0 for background)."""
+        labels, boxes = [], []
+        levels = [x.tensor for x in anchors]
+        for instances in gt_instances:
+            truth = instances.gt_boxes.tensor
+            index = atss_assign(levels, truth, self.topk_assign)
+            found = index >= 0
+            label = torch.full_like(index, self.num_classes)
+            label[found] = instances.gt_classes[index[found]]
+            box = truth.new_zeros(len(index), 4)
+            box[found] = truth[index[found]]
+            labels.append(label)
+            boxes.append(box)
+        return labels, boxes
+
+    def losses(self, anchors, logits, bins, labels, boxes) -> dict[str, torch.Tensor]:
+        """The losses of the class docstring.
+
+        Args:
+            anchors: a level's Boxes.
+            logits, bins: a level's (N, A_l, K) and (N, A_l, 4 * (n + 1)).
+            labels, boxes: see :meth:`label_anchors`.
+        """
+        logits = torch.cat(logits, dim=1).flatten(0, 1).float()
+        bins = torch.cat(bins, dim=1).flatten(0, 1).float()
+        labels, boxes = torch.cat(labels), torch.cat(boxes)
+        where = (labels < self.num_classes).nonzero().squeeze(1)
+        everything = Boxes.cat(anchors).tensor
+        near, truth, found = everything[where % len(everything)], boxes[where], bins[where]
+        predicted = self.box2box_transform.apply_deltas(found, near)
+        quality = logits.new_zeros(len(logits))
+        quality[where] = matched_pairwise_iou(Boxes(predicted.detach()), Boxes(truth)).to(quality)
+        weight = logits.detach()[where].sigmoid().amax(1) if len(where) else quality[:0]
+        centres, strides = points_of(near)
+        sides = boxes_to_sides(centres, truth) / strides[:, None]
+        dfl = distribution_focal_loss(found.view(-1, self.reg_max + 1), sides.flatten())
+        positives, total = mean_over_ranks(
+            torch.stack([weight.new_tensor(len(where)), weight.sum()])
+        )
+        storage = get_event_storage()
+        storage.put_scalar("num_pos_anchors", len(where) * len(everything) / len(labels))
+        total = total.clamp(min=1.0)
+        return {
+            "loss_gfl_cls": quality_focal_loss(logits, labels, quality, self.beta).sum()
+            / positives.clamp(min=1.0),
+            "loss_gfl_box": self.giou_weight
+            * (giou_loss(predicted, truth, reduction="none") * weight).sum()
+            / total,
+            "loss_gfl_dfl": self.dfl_weight * (dfl.view(-1, 4).mean(1) * weight).sum() / total,
+        }
+
+    def forward_inference(self, images, features, predictions):
+        """Per image Instances with ``pred_boxes``, ``scores`` and ``pred_classes``."""
+        logits, bins = self._transpose_dense_predictions(
+            predictions, [self.num_classes, 4 * (self.reg_max + 1)]
+        )
+        anchors = self.anchor_generator(features)
+        results = []
+        for image, size in enumerate(images.image_sizes):
+            found = self._decode_multi_level_predictions(
+                anchors,
+                [x[image].sigmoid() for x in logits],
+                [x[image] for x in bins],
+                self.test_score_thresh,
+                self.test_topk_candidates,
+                size,
+            )
+            keep = batched_nms(
+                found.pred_boxes.tensor, found.scores, found.pred_classes, self.test_nms_thresh
+            )
+            results.append(found[keep[: self.max_detections_per_image]])
+        return results
+
+
+register_class_key("GFL", "MODEL.GFL.NUM_CLASSES")

@@ -1,0 +1,241 @@
+"""RepPoints: a one-stage detector that represents an object by a set of points."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import batched_nms
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Boxes, pairwise_iou
+from detectron2.utils.events import get_event_storage
+from fvcore.nn import sigmoid_focal_loss_jit, smooth_l1_loss
+from torch.nn import functional as F
+
+from ..config import register_config
+from ..errors import ConfigError
+from ..functional.reppoints import assign_by_iou, nearest_point
+from ..heads.base import mean_over_ranks
+from ..taps import register_class_key
+from .reppoints_head import PointBoxes, RepPointsHead, points_of
+
+BASE_SCALE = 4.0  # strides: side of a location's box, and where the sizes of a level start
+SMOOTH_L1_BETA = 0.11
+
+
+@register_config
+def add_reppoints_config(cfg) -> None:
+    """Add MODEL.REPPOINTS; values of the paper and (recalled) the authors' R-50 config."""
+    cfg.MODEL.REPPOINTS = node = CfgNode()
+    node.NUM_CLASSES = 80
+    node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Convolutions of each tower, and their norm.
+    node.NUM_CONVS = 3
+    node.NORM = "GN"
+    node.NUM_POINTS = 9
+    # Class probability that the bias starts from.
+    node.PRIOR_PROB = 0.01
+    # Box of a point set: "moment" (mean and standard deviation) or "minmax".
+    node.TRANSFORM = "moment"
+    # Share of the gradient that passes from the deformable convolutions to the first points.
+    node.GRADIENT_MUL = 0.1
+    # IoU of the first boxes: background below, object from.
+    node.IOU_THRESHOLDS = [0.4, 0.5]
+    node.INIT_WEIGHT = 0.5
+    node.REFINE_WEIGHT = 1.0
+    node.FOCAL_LOSS_ALPHA = 0.25
+    node.FOCAL_LOSS_GAMMA = 2.0
+    node.SCORE_THRESH_TEST = 0.05
+    node.TOPK_CANDIDATES_TEST = 1000
+    node.NMS_THRESH_TEST = 0.5
+
+
+@META_ARCH_REGISTRY.register()
+class RepPoints(DenseDetector):
+    """RepPoints (Yang et al., ICCV 2019), points starting from the centre of a location.
+
+    Losses: smooth L1 of the first boxes (at each object's nearest location) and of the refined
+    ones (where the first box has IoU >= 0.5), sides in units of 4 strides, summed over the four
+    and divided by the number of positives; focal loss divided by the latter. Divisors are means
+    over processes (ours; the authors' code divides by each process's own).
+
+    Args:
+        head: a :class:`RepPointsHead`.
+        box2box_transform: a :class:`PointBoxes`.
+        anchor_generator: one square of BASE_SCALE strides a location. Only its centre and size are
+            used here; imitation masks (FGFI) take it as the location's box.
+        iou_thresholds: see :func:`~projects.kd.functional.reppoints.assign_by_iou`.
+        init_weight, refine_weight: of the box losses.
+        others: as in detectron2's RetinaNet.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone,
+        head,
+        head_in_features,
+        anchor_generator,
+        box2box_transform,
+        num_classes: int,
+        iou_thresholds=(0.4, 0.5),
+        init_weight: float = 0.5,
+        refine_weight: float = 1.0,
+        focal_loss_alpha: float = 0.25,
+        focal_loss_gamma: float = 2.0,
+        test_score_thresh: float = 0.05,
+        test_topk_candidates: int = 1000,
+        test_nms_thresh: float = 0.5,
+        max_detections_per_image: int = 100,
+        pixel_mean,
+        pixel_std,
+    ):
+        super().__init__(
+            backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
+        )
+        self.anchor_generator = anchor_generator
+        self.box2box_transform = box2box_transform
+        self.num_classes = num_classes
+        self.iou_thresholds = tuple(iou_thresholds)
+        self.init_weight = init_weight
+        self.refine_weight = refine_weight
+        self.focal_loss_alpha = focal_loss_alpha
+        self.focal_loss_gamma = focal_loss_gamma
+        self.test_score_thresh = test_score_thresh
+        self.test_topk_candidates = test_topk_candidates
+        self.test_nms_thresh = test_nms_thresh
+        self.max_detections_per_image = max_detections_per_image
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Read MODEL.REPPOINTS."""
+        node = cfg.MODEL.REPPOINTS
+        if len(node.IOU_THRESHOLDS) != 2 or node.IOU_THRESHOLDS[0] > node.IOU_THRESHOLDS[1]:
+            raise ConfigError(
+                f"MODEL.REPPOINTS.IOU_THRESHOLDS is {node.IOU_THRESHOLDS}: [background, object]"
+            )
+        backbone = build_backbone(cfg)
+        shapes = [backbone.output_shape()[level] for level in node.IN_FEATURES]
+        head = RepPointsHead(
+            channels=shapes[0].channels,
+            num_classes=node.NUM_CLASSES,
+            num_convs=node.NUM_CONVS,
+            norm=node.NORM,
+            num_points=node.NUM_POINTS,
+            gradient_mul=node.GRADIENT_MUL,
+            prior_prob=node.PRIOR_PROB,
+        )
+        strides = [shape.stride for shape in shapes]
+        return {
+            "backbone": backbone,
+            "head": head,
+            "head_in_features": list(node.IN_FEATURES),
+            "anchor_generator": DefaultAnchorGenerator(
+                sizes=[[BASE_SCALE * stride] for stride in strides],
+                aspect_ratios=[[1.0]],
+                strides=strides,
+                offset=cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
+            ),
+            "box2box_transform": PointBoxes(node.TRANSFORM, BASE_SCALE),
+            "num_classes": node.NUM_CLASSES,
+            "iou_thresholds": node.IOU_THRESHOLDS,
+            "init_weight": node.INIT_WEIGHT,
+            "refine_weight": node.REFINE_WEIGHT,
+            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
+            "test_score_thresh": node.SCORE_THRESH_TEST,
+            "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": node.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    def forward_training(self, images, features, predictions, gt_instances):
+        """``loss_rep_cls``, ``loss_rep_init`` and ``loss_rep_refine``."""
+        anchors = self.anchor_generator(features)
+        logits, first, refined = self._flat(predictions)
+        return self.losses(Boxes.cat(anchors).tensor, logits, first, refined, gt_instances)
+
+    def losses(self, anchors, logits, first, refined, gt_instances) -> dict[str, torch.Tensor]:
+        """The losses of the class docstring.
+
+        Args:
+            anchors: (A, 4) of all levels.
+            logits: (N, A, K).
+            first, refined: (N, A, 2 P) points in strides.
+            gt_instances: per image, with ``gt_boxes`` and ``gt_classes``.
+        """
+        centres, strides = points_of(anchors, BASE_SCALE)
+        sums = {"init": 0.0, "refine": 0.0}
+        classes, counts = [], []
+        for image, instances in enumerate(gt_instances):
+            truth = instances.gt_boxes.tensor
+            boxes = self.box2box_transform.apply_deltas(first[image], anchors)
+            nearest = nearest_point(centres, strides, truth, BASE_SCALE)
+            overlap = pairwise_iou(instances.gt_boxes, Boxes(boxes.detach()))
+            second = assign_by_iou(overlap, *self.iou_thresholds)
+            better = self.box2box_transform.apply_deltas(refined[image], anchors)
+            for key, found, index in (("init", boxes, nearest), ("refine", better, second)):
+                here = index >= 0
+                unit = (BASE_SCALE * strides[here])[:, None]
+                sums[key] = sums[key] + smooth_l1_loss(
+                    found[here] / unit, truth[index[here]] / unit, SMOOTH_L1_BETA, reduction="sum"
+                )
+            label = torch.where(second == -2, -1, self.num_classes)
+            label[second >= 0] = instances.gt_classes[second[second >= 0]]
+            classes.append(label)
+            counts.append(torch.stack([(nearest >= 0).sum(), (second >= 0).sum()]))
+        counts = torch.stack(counts).sum(0).float()
+        get_event_storage().put_scalar("num_pos_anchors", counts[1].item() / len(gt_instances))
+        number = mean_over_ranks(counts).clamp(min=1.0)
+        return {
+            "loss_rep_cls": self._focal(logits, torch.stack(classes)) / number[1],
+            "loss_rep_init": self.init_weight * sums["init"] / number[0],
+            "loss_rep_refine": self.refine_weight * sums["refine"] / number[1],
+        }
+
+    def _focal(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        counted = labels >= 0
+        target = F.one_hot(labels[counted], self.num_classes + 1)[:, :-1]
+        logits = logits[counted].float()
+        return sigmoid_focal_loss_jit(
+            logits,
+            target.to(logits.dtype),
+            alpha=self.focal_loss_alpha,
+            gamma=self.focal_loss_gamma,
+            reduction="sum",
+        )
+
+    def _flat(self, predictions):
+        points = predictions[1][0].shape[1]
+        levels = self._transpose_dense_predictions(predictions, [self.num_classes, points, points])
+        return [torch.cat(x, dim=1) for x in levels]
+
+    def forward_inference(self, images, features, predictions):
+        """Per image Instances with ``pred_boxes``, ``scores`` and ``pred_classes``."""
+        points = predictions[2][0].shape[1]
+        logits, refined = self._transpose_dense_predictions(
+            [predictions[0], predictions[2]], [self.num_classes, points]
+        )
+        anchors = self.anchor_generator(features)
+        results = []
+        for image, size in enumerate(images.image_sizes):
+            found = self._decode_multi_level_predictions(
+                anchors,
+                [x[image].sigmoid() for x in logits],
+                [x[image] for x in refined],
+                self.test_score_thresh,
+                self.test_topk_candidates,
+                size,
+            )
+            keep = batched_nms(
+                found.pred_boxes.tensor, found.scores, found.pred_classes, self.test_nms_thresh
+            )
+            results.append(found[keep[: self.max_detections_per_image]])
+        return results
+
+
+register_class_key("RepPoints", "MODEL.REPPOINTS.NUM_CLASSES")

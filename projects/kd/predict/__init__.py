@@ -1,0 +1,23 @@
+"""What a detector offers to heads on predictions (detectron2's own: see ``detectors.py``)."""
+
+from .base import (
+    AnchorMatch,
+    DensePair,
+    Pairs,
+    Predictor,
+    RegionPair,
+    call_constant,
+    predictor_for,
+    register_predictor,
+)
+
+__all__ = [
+    "AnchorMatch",
+    "DensePair",
+    "Pairs",
+    "Predictor",
+    "RegionPair",
+    "call_constant",
+    "predictor_for",
+    "register_predictor",
+]

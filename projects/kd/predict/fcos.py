@@ -1,0 +1,64 @@
+"""How FCOS predicts: as RetinaNet does, on one point a cell, and centre-ness beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from detectron2.utils.events import get_event_storage
+
+from ..errors import ConfigError
+from .base import call_constant
+from .dense import DensePredictions, flatten_cells, match_anchors
+from .retinanet import RetinaNetPredictor, normaliser_at_rest
+
+
+@dataclass(frozen=True)
+class PointPredictions(DensePredictions):
+    """Also (N, 1, H, W) centre-ness a level; it takes part in the ground-truth loss only."""
+
+    centreness: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, outputs) -> PointPredictions:
+        """From what a head returned, in fp32."""
+        return cls(*([x.float() for x in part] for part in outputs))
+
+
+class FCOSPredictor(RetinaNetPredictor):
+    """Class logits and distances to the sides of a box, at every location."""
+
+    name = "FCOS"
+
+    def match(self, teacher, scale, key):
+        """See :func:`match_anchors`; a location counts as an anchor of one stride."""
+        if not isinstance(teacher, FCOSPredictor):
+            raise ConfigError(
+                f"{key}: a {self.name} student and a {teacher.name} teacher predict different "
+                "things; use a teacher of the same family"
+            )
+        ours, theirs = (x.model.box2box_transform.normalize_by_size for x in (self, teacher))
+        if ours != theirs:
+            raise ConfigError(f"{key}: student and teacher regress boxes in other units")
+        generators = self.model.anchor_generator, teacher.model.anchor_generator
+        return match_anchors(*generators, self.levels, scale, key)
+
+    def student(self, ctx):
+        """From the ``dense`` tap."""
+        return PointPredictions.of(ctx.student_outputs["dense"])
+
+    def predict(self, features, assigned, *, scale=1.0, constant=True):
+        """The head on all levels."""
+        del assigned, scale
+        maps = [features[level] for level in self.levels]
+        return PointPredictions.of(call_constant(self.model.head, maps, constant=constant))
+
+    def losses(self, predictions, assigned):
+        """``loss_fcos_cls``, ``_loc`` and ``_ctr``, by the student's current normaliser."""
+        logits = flatten_cells(predictions.logits, self.num_classes)
+        deltas = flatten_cells(predictions.deltas, 4)
+        centreness = flatten_cells(predictions.centreness, 1)
+        with normaliser_at_rest(self.model), get_event_storage().name_scope("assistant"):
+            return self.model.losses(
+                assigned.anchors, logits, assigned.labels, deltas, assigned.boxes, centreness
+            )

@@ -1,0 +1,202 @@
+#!/usr/bin/env python
+"""Run the deployed student on images, folders of images, or a video, and draw what it finds.
+
+    python tools/demo.py --config-file CONFIG --input a.jpg photos/ --output out/ \\
+        MODEL.WEIGHTS output/model_final.pth
+    python tools/demo.py --config-file CONFIG --video in.mp4 --output out.mp4 MODEL.WEIGHTS ...
+
+CONFIG may be the config of a distillation: no teacher and no imitation head is built. Boxes, masks,
+keypoints and panoptic segments are drawn as far as the model predicts them; detections.json beside
+the pictures holds boxes XYXY in pixels of the image, scores and classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import cv2  # noqa: E402
+import detectron2.data.transforms as T  # noqa: E402
+import torch  # noqa: E402
+from detectron2.data import MetadataCatalog  # noqa: E402
+from detectron2.data.detection_utils import read_image  # noqa: E402
+from detectron2.modeling import build_model  # noqa: E402
+from detectron2.utils.visualizer import Visualizer  # noqa: E402
+
+from projects.kd import ConfigError, check_config, load_config  # noqa: E402
+from projects.kd.data.register import register_configured  # noqa: E402
+from projects.kd.errors import DataError, exit_on_user_error  # noqa: E402
+from projects.kd.weights import load_detector  # noqa: E402
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", metavar="PATH", help="images or folders of images")
+    source.add_argument("--video", metavar="FILE", help="a video file")
+    parser.add_argument("--output", required=True, help="a folder, or with --video a file (.mp4)")
+    parser.add_argument("--confidence-threshold", type=float, default=0.5, metavar="SCORE")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE ...")
+    return parser.parse_args(argv)
+
+
+class Predictor:
+    """The plain student with its test-time resizing.
+
+    Args:
+        cfg: its config; MODEL.WEIGHTS names a checkpoint of this project or of detectron2.
+        threshold: detections of a lower score are dropped.
+    """
+
+    def __init__(self, cfg, threshold: float):
+        if not cfg.MODEL.WEIGHTS:
+            raise ConfigError("MODEL.WEIGHTS is empty: name the student's checkpoint")
+        self.model = build_model(cfg).eval()
+        missing = load_detector(self.model, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", cfg.KD.ALLOW_PICKLE)
+        if missing:
+            raise ConfigError(
+                f"MODEL.WEIGHTS: '{cfg.MODEL.WEIGHTS}' lacks {len(missing)} of the student's "
+                f"parameters: {', '.join(missing)}"
+            )
+        self.resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+        self.format = cfg.INPUT.FORMAT
+        self.threshold = threshold
+        names = cfg.DATASETS.TEST or cfg.DATASETS.TRAIN
+        self.metadata = MetadataCatalog.get(names[0] if names else "__unnamed")
+
+    @torch.no_grad()
+    def __call__(self, image) -> dict:
+        """detectron2's outputs, on the CPU, for an (H, W, 3) uint8 image in BGR order."""
+        height, width = image.shape[:2]
+        own = image if self.format == "BGR" else image[:, :, ::-1]
+        resized = self.resize.get_transform(own).apply_image(own)
+        tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1).copy())
+        output = self.model([{"image": tensor, "height": height, "width": width}])[0]
+        if "instances" in output:
+            found = output["instances"].to("cpu")
+            output["instances"] = found[found.scores >= self.threshold]
+        return output
+
+    def draw(self, image, output: dict):
+        """The image (BGR) with what was found; the most that the model predicts."""
+        canvas = Visualizer(image[:, :, ::-1], self.metadata)
+        if "panoptic_seg" in output:
+            segments, info = output["panoptic_seg"]
+            drawn = canvas.draw_panoptic_seg_predictions(segments.cpu(), info)
+        elif "instances" in output:
+            drawn = canvas.draw_instance_predictions(output["instances"])
+        else:
+            drawn = canvas.draw_sem_seg(output["sem_seg"].argmax(0).cpu())
+        return drawn.get_image()[:, :, ::-1]
+
+
+def detections(output: dict, class_names) -> list[dict]:
+    """JSON-ready boxes XYXY in pixels, scores and classes."""
+    if "instances" not in output:
+        return []
+    found = output["instances"]
+    rows = zip(
+        found.pred_boxes.tensor.tolist(),
+        found.scores.tolist(),
+        found.pred_classes.tolist(),
+        strict=True,
+    )
+    return [
+        {
+            "box": [round(x, 2) for x in box],
+            "score": round(score, 4),
+            "class": class_names[kind] if kind < len(class_names) else kind,
+        }
+        for box, score, kind in rows
+    ]
+
+
+def image_files(paths: list[str]) -> list[str]:
+    """Images named, and those in the folders named, each folder sorted.
+
+    Raises:
+        DataError: a path that does not exist, or a folder without images.
+    """
+    files = []
+    for path in paths:
+        if os.path.isfile(path):
+            files.append(path)
+            continue
+        if not os.path.isdir(path):
+            raise DataError(f"--input: no such file or folder '{path}'")
+        found = sorted(x for x in os.listdir(path) if x.lower().endswith(SUFFIXES))
+        if not found:
+            raise DataError(f"--input: no image ({', '.join(SUFFIXES)}) in folder '{path}'")
+        files += [os.path.join(path, name) for name in found]
+    return files
+
+
+def run_on_images(predictor: Predictor, files: list[str], folder: str) -> None:
+    """A picture for each image, numbered, and detections.json."""
+    os.makedirs(folder, exist_ok=True)
+    names = predictor.metadata.get("thing_classes", ())
+    report = {}
+    for i, path in enumerate(files):
+        try:
+            image = read_image(path, "BGR")
+        except OSError as error:
+            raise DataError(f"--input: '{path}' cannot be read as an image: {error}") from error
+        output = predictor(image)
+        stem = os.path.splitext(os.path.basename(path))[0]
+        cv2.imwrite(os.path.join(folder, f"{i:04d}_{stem}.jpg"), predictor.draw(image, output))
+        report[path] = detections(output, names)
+        print(f"{path}: {len(report[path])} detections", flush=True)
+    with open(os.path.join(folder, "detections.json"), "w") as file:
+        json.dump(report, file, indent=1)
+
+
+def run_on_video(predictor: Predictor, path: str, output: str) -> int:
+    """Frame by frame; returns the number of frames.
+
+    Raises:
+        DataError: the video cannot be read, or the output not be written.
+    """
+    video = cv2.VideoCapture(path)
+    size = tuple(int(video.get(x)) for x in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
+    if not video.isOpened() or not all(size):
+        raise DataError(f"--video: '{path}' cannot be read as a video")
+    rate = video.get(cv2.CAP_PROP_FPS) or 25.0
+    writer = cv2.VideoWriter(output, cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+    if not writer.isOpened():
+        raise DataError(f"--output: '{output}' cannot be written as a video; name an .mp4 file")
+    count = 0
+    while True:
+        there, frame = video.read()
+        if not there:
+            break
+        writer.write(predictor.draw(frame, predictor(frame)))
+        count += 1
+    writer.release()
+    print(f"{output}: {count} frames")
+    return count
+
+
+def main(args) -> None:
+    """Build the student and run it."""
+    cfg = load_config(args.config_file, args.opts)
+    register_configured(cfg)
+    check_config(cfg, training=False)
+    predictor = Predictor(cfg, args.confidence_threshold)
+    if args.video:
+        run_on_video(predictor, args.video, args.output)
+    else:
+        run_on_images(predictor, image_files(args.input), args.output)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(parse_arguments())

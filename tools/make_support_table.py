@@ -1,0 +1,73 @@
+#!/usr/bin/env python
+"""Write the table of imitation heads by detectors into README.md, or print it.
+
+    python tools/make_support_table.py --write
+    python tools/make_support_table.py --why    # what is refused, and with which line
+
+Each cell is found by building the head for the detectors of configs/shapes; nothing is written by
+hand, so a head or detector that is added appears by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from projects.kd import load_config  # noqa: E402
+from projects.kd.errors import exit_on_user_error  # noqa: E402
+from projects.kd.report import write_atomically  # noqa: E402
+from projects.kd.support import (  # noqa: E402
+    between_markers,
+    shapes_detectors,
+    support_table,
+    verdicts,
+)
+
+LABELS = (
+    ("retinanet", "RetinaNet"),
+    ("fcos", "FCOS"),
+    ("gfl", "GFL"),
+    ("reppoints", "RepPoints"),
+    ("faster_rcnn", "Faster R-CNN"),
+    ("cascade_rcnn", "Cascade R-CNN"),
+    ("mask_rcnn", "Mask R-CNN"),
+    ("keypoint_rcnn", "Keypoint R-CNN"),
+    ("panoptic_fpn", "Panoptic FPN"),
+    ("semseg", "Semantic FPN"),
+)
+README = os.path.join(ROOT, "README.md")
+
+
+def table() -> str:
+    """The table for the detectors of configs/shapes."""
+    return support_table(shapes_detectors(ROOT, LABELS))
+
+
+def main() -> None:
+    """Print, explain or write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="put it between README.md's markers")
+    parser.add_argument("--why", action="store_true", help="print the refusals")
+    args = parser.parse_args()
+    if args.why:
+        for name, paths in shapes_detectors(ROOT, LABELS).items():
+            for head, targets in verdicts(*(load_config(path) for path in paths)).items():
+                for target, refusal in targets.items():
+                    if refusal:
+                        print(f"{name}, {head} ({target}): {refusal}")
+        return
+    if not args.write:
+        print(table())
+        return
+    with open(README) as file:
+        text = file.read()
+    write_atomically(README, between_markers(text, table()))
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()
