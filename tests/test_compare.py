@@ -87,7 +87,7 @@ def fake_training(monkeypatch, compare, scores, status=0):
         (folder / "inference" / "coco_instances_results.json").write_text(json.dumps([box]))
         return 0
 
-    monkeypatch.setattr(compare, "_run_quietly", run)
+    monkeypatch.setattr(compare, "run_quietly", run)
     return commands
 
 
@@ -150,13 +150,13 @@ def test_report_and_pictures(compare, suite, tmp_path, toy_data, monkeypatch):
 def test_several_jobs_share_the_threads(compare, suite, tmp_path, toy_data, monkeypatch):
     seen = []
     fake_training(monkeypatch, compare, [30.0, 1.0, 4.0, 3.0, 8.0])
-    fake = compare._run_quietly
+    fake = compare.run_quietly
 
     def run(command, log, progress, threads):
         seen.append((progress, threads))
         return fake(command, log, progress, threads)
 
-    monkeypatch.setattr(compare, "_run_quietly", run)
+    monkeypatch.setattr(compare, "run_quietly", run)
     monkeypatch.setattr(compare.os, "cpu_count", lambda: 6)
     runs = compare.make_runs(suite, [1, 2], str(tmp_path), [])
     report = compare.execute_all(suite, runs, str(tmp_path), "command", jobs=2)

@@ -31,7 +31,6 @@ import math
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from concurrent import futures
@@ -62,6 +61,12 @@ from projects.kd.report import (  # noqa: E402
     seconds_per_iteration,
     summarise,
     write_atomically,
+)
+from projects.kd.run_folders import (  # noqa: E402
+    last_line,
+    move_aside,
+    read_or_none,
+    run_quietly,
 )
 
 
@@ -133,9 +138,9 @@ class Run:
         """
         stamp, marker = self.stamp(), os.path.join(self.dir, "finished.json")
         settings = os.path.join(self.dir, "settings")
-        known = _read(settings)
+        known = read_or_none(settings)
         if known is not None and known != stamp:
-            old = _move_aside(self.dir)
+            old = move_aside(self.dir)
             print(
                 f"[{progress}] {self.label}: settings changed, the old run is at {old}", flush=True
             )
@@ -150,56 +155,13 @@ class Run:
         command += [str(x) for x in self.opts]
         print(f"[{progress}] {self.label}: {shlex.join(command)}", flush=True)
         start = time.time()
-        status = _run_quietly(command, os.path.join(self.dir, "console.txt"), progress, threads)
+        status = run_quietly(command, os.path.join(self.dir, "console.txt"), progress, threads)
         if status != 0:
             log = os.path.join(self.dir, "console.txt")
-            reason = f"(status {status}): {_last_line(log)}; see {log}"
+            reason = f"(status {status}): {last_line(log)}; see {log}"
             raise ConfigError(f"{self.label} failed {reason}")
         seconds = time.time() - start
         write_atomically(marker, json.dumps({"seconds": round(seconds, 1)}))
-
-
-def _move_aside(folder: str) -> str:
-    count = 1
-    while os.path.exists(f"{folder}.old{count}"):
-        count += 1
-    os.rename(folder, f"{folder}.old{count}")
-    return f"{folder}.old{count}"
-
-
-def _read(path: str) -> str | None:
-    if not os.path.isfile(path):
-        return None
-    with open(path) as file:
-        return file.read()
-
-
-def _last_line(path: str) -> str:
-    with open(path, errors="replace") as file:
-        lines = [line.strip() for line in file if line.strip()]
-    return lines[-1] if lines else "no output"
-
-
-def _run_quietly(command: list[str], log: str, progress: str, threads: int) -> int:
-    """Run with all output in ``log``; show a progress line with ETA about every 15 seconds."""
-    shown = time.time()
-    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    with open(log, "a") as file:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        )
-        try:
-            for line in process.stdout:
-                file.write(line)
-                if " eta: " in line and time.time() - shown > 15:
-                    shown = time.time()
-                    print(f"[{progress}]   {' '.join(line.split(' eta: ')[1].split())[:150]}",
-                          flush=True)  # fmt: skip
-            return process.wait()
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
 
 
 def make_runs(suite: dict, seeds: list[int], output: str, opts: list) -> list[Run]:

@@ -38,6 +38,7 @@ LABELS = (
     ("keypoint_rcnn", "Keypoint R-CNN"),
     ("panoptic_fpn", "Panoptic FPN"),
     ("semseg", "Semantic FPN"),
+    ("conditional_detr", "Conditional DETR"),
 )
 README = os.path.join(ROOT, "README.md")
 
