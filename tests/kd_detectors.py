@@ -75,6 +75,12 @@ DETECTORS = {
 }
 
 
+def every_branch_cfg():
+    """An R-CNN with masks and keypoints."""
+    keypoints = {key.replace(".", "__"): value for key, value in _KEYPOINT.items()}
+    return detector_cfg("Mask R-CNN", **keypoints)
+
+
 def detector_cfg(name: str, **overrides):
     """The config of a tiny detector of a family; overrides as in ``tiny_cfg``."""
     base, changes = DETECTORS[name]

@@ -11,6 +11,7 @@ from kd_testing import CHANNELS, leaves, make_context
 from torch import nn
 
 from projects.kd import ModelInfo
+from projects.kd.levels import scaled_size
 from projects.kd.modeling.conditional_detr import ConditionalDETR
 from projects.kd.modeling.conditional_detr_transformer import Transformer
 from projects.kd.modeling.set_criterion import SetCriterion
@@ -96,7 +97,10 @@ def detr_context(student, teacher, same=False, **kwargs):
 
     @torch.no_grad()
     def of_teacher():
-        return decoded(teacher, ctx.teacher_features[LEVEL], ctx.image_sizes, ctx.canvas)
+        scale = ctx.teacher_scale
+        sizes = [scaled_size(size, scale) for size in ctx.image_sizes]
+        canvas = tuple(round(scale * side) for side in ctx.canvas)
+        return decoded(teacher, ctx.teacher_features[LEVEL], sizes, canvas)
 
     for name, compute in (("student_outputs", of_student), ("teacher_outputs", of_teacher)):
         dense = getattr(ctx, name)["dense"][0][1:2]

@@ -35,7 +35,8 @@ def test_the_image_as_it_is_gives_the_models_own_detections(name):
         for x in (own, found)
     ]
     torch.testing.assert_close(rows[1][0], rows[0][0], rtol=1e-4, atol=1e-3)
-    assert torch.cdist(rows[1], rows[0]).amin(1).max() < 0.01, "one that the model did not find"
+    distance = (rows[1][:, None] - rows[0][None]).abs().amax(2)
+    assert distance.amin(1).max() < 0.01, "one that the model did not find"
 
 
 def test_with_flips_a_mirrored_image_gives_mirrored_detections():

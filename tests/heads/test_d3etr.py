@@ -32,6 +32,7 @@ def models(channels=(CHANNELS, CHANNELS), same=False):
 class TestD3ETR(HeadContract):
     name = "D3ETR"
     equal_node = {"AUX_DET_WEIGHT": 0.0}
+    averages_teacher = False  # it decodes its finer grid by itself
     tolerance = 1e-5  # of two passes through a transformer, with and without gradients
 
     def infos(self, channels):
@@ -45,6 +46,10 @@ class TestD3ETR(HeadContract):
     def test_without_mask_padding_padded_cells_take_part(self):
         with pytest.raises(ConfigError, match="KD.D3ETR.MASK_PADDING.*always masks"):
             self.head(MASK_PADDING=False)
+
+    @pytest.mark.parametrize("mask_padding", [True])
+    def test_a_teacher_of_double_resolution(self, mask_padding):
+        super().test_a_teacher_of_double_resolution(mask_padding)
 
     def test_levels_are_limited_by_the_config(self):
         with pytest.raises(ConfigError, match="KD.D3ETR.LEVELS"):
