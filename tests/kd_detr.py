@@ -55,11 +55,11 @@ def toy_detr(
 
 def info(model) -> ModelInfo:
     shapes = model.backbone.output_shape()
-    return ModelInfo(model=model, shapes=shapes, taps=frozenset({"features", "decoder"}))
+    return ModelInfo(model=model, shapes=shapes, taps=frozenset({"features", "decoded"}))
 
 
 def decoded(model, feature, sizes, canvas):
-    """What the tap "decoder" gives for a feature map."""
+    """What the tap "decoded" gives for a feature map."""
     images = ImageList(torch.zeros(len(sizes), 3, *canvas), list(sizes))
     return model.decode(model.encode({LEVEL: feature}, images), keep_attention=True)
 
@@ -72,7 +72,7 @@ class OnDemand(dict):
         self.compute = compute
 
     def __missing__(self, name):
-        assert name == "decoder"
+        assert name == "decoded"
         self[name] = self.compute()
         return self[name]
 

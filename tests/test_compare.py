@@ -87,7 +87,7 @@ def fake_training(monkeypatch, compare, scores, status=0):
         (folder / "inference" / "coco_instances_results.json").write_text(json.dumps([box]))
         return 0
 
-    monkeypatch.setattr(compare, "_run_quietly", run)
+    monkeypatch.setattr(compare, "run_quietly", run)
     return commands
 
 
@@ -150,13 +150,13 @@ def test_report_and_pictures(compare, suite, tmp_path, toy_data, monkeypatch):
 def test_several_jobs_share_the_threads(compare, suite, tmp_path, toy_data, monkeypatch):
     seen = []
     fake_training(monkeypatch, compare, [30.0, 1.0, 4.0, 3.0, 8.0])
-    fake = compare._run_quietly
+    fake = compare.run_quietly
 
     def run(command, log, progress, threads):
         seen.append((progress, threads))
         return fake(command, log, progress, threads)
 
-    monkeypatch.setattr(compare, "_run_quietly", run)
+    monkeypatch.setattr(compare, "run_quietly", run)
     monkeypatch.setattr(compare.os, "cpu_count", lambda: 6)
     runs = compare.make_runs(suite, [1, 2], str(tmp_path), [])
     report = compare.execute_all(suite, runs, str(tmp_path), "command", jobs=2)
@@ -203,3 +203,20 @@ def test_a_suite_without_rows_is_refused(compare, tmp_path):
     path.write_text("rows: [")
     with pytest.raises(ConfigError, match="cannot read"):
         compare.read_suite(str(path))
+
+
+def test_an_unknown_task_is_refused(compare, tmp_path):
+    path = tmp_path / "suite.yaml"
+    rows = [{"name": "a", "config": "b"}]
+    path.write_text(yaml.safe_dump({"dataset": "x", "rows": rows, "task": "boxes"}))
+    with pytest.raises(ConfigError, match="task is none of bbox, segm, keypoints, sem_seg"):
+        compare.read_suite(str(path))
+
+
+def test_the_shipped_suites_are_read_and_name_existing_configs(compare):
+    root = Path(__file__).resolve().parents[1]
+    for path in (root / "configs" / "suites").glob("*.yaml"):
+        suite = compare.read_suite(str(path))
+        names = [row["name"] for row in suite["rows"]]
+        assert suite["baseline"] in names and set(suite["show"]) <= set(names), path
+        assert all((root / row["config"]).is_file() for row in suite["rows"]), path

@@ -7,10 +7,13 @@ import json
 import pytest
 
 from projects.kd.report import (
+    TASK_METRICS,
     further_tasks,
     last_metrics,
     markdown_table,
     read_jsonl,
+    relative_costs,
+    seconds_per_iteration,
     summarise,
     write_atomically,
 )
@@ -88,3 +91,28 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         write_atomically(str(path), "new")
     assert path.read_text() == "old"
+
+
+def test_segmentation_is_counted_in_miou():
+    metrics = TASK_METRICS["sem_seg"]
+    rows = [
+        summarise("plain", [{"mIoU": 40.0}, {"mIoU": 42.0}], metrics, seconds_per_iteration=0.2),
+        summarise("AT", [{"mIoU": 44.0, "pACC": 90.0}], metrics, seconds_per_iteration=0.25),
+    ]
+    assert rows[0]["mIoU_std"] == pytest.approx(1.414) and rows[0]["mIoU_seeds"] == [40.0, 42.0]
+    text = markdown_table(rows, "plain", metrics)
+    assert "| name | mIoU | fwIoU | mACC | pACC | seeds | gain | cost |" in text
+    assert "| plain | 41.0 ± 1.4 | - | - | - | 2 |  | 1.00x |" in text
+    assert "| AT | 44.0 | - | - | 90.0 | 1 | +3.0 | 1.25x |" in text
+
+
+def test_seconds_per_iteration_is_the_mean_of_medians(tmp_path):
+    folders = []
+    for name, times in (("a", (9.0, 0.2, 0.3)), ("b", (0.5,)), ("c", ())):
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name / "metrics.json", [json.dumps({"time": t}) for t in times])
+        folders.append(str(tmp_path / name))
+    assert seconds_per_iteration(folders) == pytest.approx(0.4)
+    assert seconds_per_iteration(folders[2:]) is None
+    rows = [{"name": "x", "seconds_per_iteration": 0.2}, {"name": "y"}]
+    assert relative_costs(rows, "x") == {"x": 1.0} and relative_costs(rows, "y") == {}

@@ -10,12 +10,13 @@ no file is needed), 3 warm-up rounds, 11 rounds in which A and B take turns. A r
 of the 11 per-round ratios, with its interquartile range. A student step is forward, task losses,
 backward and optimizer step. The ratio of a head is
 
-    whole distillation step with this head / (student step + teacher's backbone forward),
+    whole distillation step with this head / (student step + teacher's forward),
 
-both on the same student. Memory is what tensors hold at once (allocator events, temporaries inside
-of operations included), counted once, at 800x1344, with --memory. Run it on an idle machine.
+the teacher run as far as the head reads it (its backbone, or its own head too), both on the same
+student. Memory is what tensors hold at once (allocator events, temporaries inside of operations
+included), counted once, at 800x1344, with --memory. Run it on an idle machine.
 
-Parts: data (the training loader of a --config-file), teacher (input and backbone), student (step),
+Parts: data (the training loader of a --config-file), teacher (input and forward), student (step),
 heads (each alone: loss and its gradient at features and adapters), step (the ratio, for each head
 and for all together), mask (FGFI's imitation mask of 100 boxes at 800x1333 against the student
 step and against a plain loop over boxes). Built-in pairs: R50 teacher and R18 student, RetinaNet

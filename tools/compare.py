@@ -7,8 +7,9 @@ A suite is a YAML file::
 
     title: what is compared
     dataset: shapes_val                # a data set of DATASETS.TEST
-    baseline: student                  # the row that gains are counted from
-    show: [teacher, student, ...]      # columns of the detection picture
+    task: bbox                         # or segm, keypoints, sem_seg: what the table shows
+    baseline: student                  # the row that gains and costs are counted from
+    show: [teacher, student, ...]      # columns of the picture of detections or label maps
     opts: [KEY, value, ...]            # overrides for every run
     rows:
       - {name: teacher, config: ..., role: teacher}
@@ -30,7 +31,6 @@ import math
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from concurrent import futures
@@ -44,14 +44,29 @@ import yaml  # noqa: E402
 from projects.kd import load_config  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
-from projects.kd.pictures import ap_bars, ap_curves, detections_side_by_side  # noqa: E402
+from projects.kd.pictures import (  # noqa: E402
+    ap_bars,
+    ap_curves,
+    cost_scatter,
+    detections_side_by_side,
+    label_maps_side_by_side,
+)
 from projects.kd.report import (  # noqa: E402
+    TASK_METRICS,
     further_tasks,
     last_metrics,
     markdown_table,
     read_jsonl,
+    relative_costs,
+    seconds_per_iteration,
     summarise,
     write_atomically,
+)
+from projects.kd.run_folders import (  # noqa: E402
+    last_line,
+    move_aside,
+    read_or_none,
+    run_quietly,
 )
 
 
@@ -64,6 +79,8 @@ def read_suite(path: str) -> dict:
         raise ConfigError(f"--suite: cannot read '{path}': {error}") from error
     if not isinstance(suite, dict) or not suite.get("rows") or not suite.get("dataset"):
         raise ConfigError(f"--suite: '{path}' needs the entries dataset and rows")
+    if suite.get("task", "bbox") not in TASK_METRICS:
+        raise ConfigError(f"--suite: '{path}': task is none of {', '.join(TASK_METRICS)}")
     for row in suite["rows"]:
         if not {"name", "config"} <= set(row):
             raise ConfigError(f"--suite: '{path}': a row needs name and config: {row}")
@@ -121,9 +138,9 @@ class Run:
         """
         stamp, marker = self.stamp(), os.path.join(self.dir, "finished.json")
         settings = os.path.join(self.dir, "settings")
-        known = _read(settings)
+        known = read_or_none(settings)
         if known is not None and known != stamp:
-            old = _move_aside(self.dir)
+            old = move_aside(self.dir)
             print(
                 f"[{progress}] {self.label}: settings changed, the old run is at {old}", flush=True
             )
@@ -138,56 +155,13 @@ class Run:
         command += [str(x) for x in self.opts]
         print(f"[{progress}] {self.label}: {shlex.join(command)}", flush=True)
         start = time.time()
-        status = _run_quietly(command, os.path.join(self.dir, "console.txt"), progress, threads)
+        status = run_quietly(command, os.path.join(self.dir, "console.txt"), progress, threads)
         if status != 0:
             log = os.path.join(self.dir, "console.txt")
-            reason = f"(status {status}): {_last_line(log)}; see {log}"
+            reason = f"(status {status}): {last_line(log)}; see {log}"
             raise ConfigError(f"{self.label} failed {reason}")
         seconds = time.time() - start
         write_atomically(marker, json.dumps({"seconds": round(seconds, 1)}))
-
-
-def _move_aside(folder: str) -> str:
-    count = 1
-    while os.path.exists(f"{folder}.old{count}"):
-        count += 1
-    os.rename(folder, f"{folder}.old{count}")
-    return f"{folder}.old{count}"
-
-
-def _read(path: str) -> str | None:
-    if not os.path.isfile(path):
-        return None
-    with open(path) as file:
-        return file.read()
-
-
-def _last_line(path: str) -> str:
-    with open(path, errors="replace") as file:
-        lines = [line.strip() for line in file if line.strip()]
-    return lines[-1] if lines else "no output"
-
-
-def _run_quietly(command: list[str], log: str, progress: str, threads: int) -> int:
-    """Run with all output in ``log``; show a progress line with ETA about every 15 seconds."""
-    shown = time.time()
-    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    with open(log, "a") as file:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        )
-        try:
-            for line in process.stdout:
-                file.write(line)
-                if " eta: " in line and time.time() - shown > 15:
-                    shown = time.time()
-                    print(f"[{progress}]   {' '.join(line.split(' eta: ')[1].split())[:150]}",
-                          flush=True)  # fmt: skip
-            return process.wait()
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
 
 
 def make_runs(suite: dict, seeds: list[int], output: str, opts: list) -> list[Run]:
@@ -250,6 +224,10 @@ def execute_all(suite: dict, runs: list[Run], output: str, command: str, jobs: i
 
 def write_report(suite: dict, runs: list[Run], output: str, command: str) -> dict:
     """Write report.json, report.md and the pictures from the runs finished so far."""
+    task = suite.get("task", "bbox")
+    metrics = TASK_METRICS[task]
+    first = f"{task}/{metrics[0]}"
+    predictions = "sem_seg_predictions" if task == "sem_seg" else "coco_instances_results"
     rows, curves, detections = [], {}, {}
     for row in suite["rows"]:
         own = [run for run in runs if run.row is row and run.seconds() is not None]
@@ -260,27 +238,30 @@ def write_report(suite: dict, runs: list[Run], output: str, command: str) -> dic
         rows.append(
             summarise(
                 name,
-                [last_metrics(run.dir) for run in own],
+                [last_metrics(run.dir, task) for run in own],
+                metrics,
                 config=row["config"],
+                seconds_per_iteration=seconds_per_iteration([run.dir for run in own]),
                 seconds_per_run=round(sum(seconds) / len(seconds), 1),
-                **further_tasks([run.dir for run in own]),
+                **(further_tasks([run.dir for run in own]) if task == "bbox" else {}),
             )
         )
         points = [
-            (line["iteration"] + 1, line["bbox/AP"])
+            (line["iteration"] + 1, line[first])
             for line in read_jsonl(os.path.join(own[0].dir, "metrics.json"))
-            if math.isfinite(line.get("bbox/AP", math.nan))
+            if math.isfinite(line.get(first, math.nan))
         ]
         curves[name] = points
         inference = os.path.join(own[0].dir, "inference")
         for folder in (os.path.join(inference, suite["dataset"]), inference):
-            file = os.path.join(folder, "coco_instances_results.json")
+            file = os.path.join(folder, f"{predictions}.json")
             if os.path.isfile(file):
                 detections[name] = file
                 break
     report = {
         "title": suite.get("title", ""),
         "dataset": suite["dataset"],
+        "task": task,
         "command": command,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, "
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
@@ -289,23 +270,29 @@ def write_report(suite: dict, runs: list[Run], output: str, command: str) -> dic
     }
     write_atomically(os.path.join(output, "report.json"), json.dumps(report, indent=2) + "\n")
     baseline = suite.get("baseline")
+    teachers = {row["name"] for row in suite["rows"] if row.get("role") == "teacher"}
     text = (
-        f"# {report['title'] or 'Comparison'}\n\nAP on {report['dataset']}, mean over seeds with "
-        f"the sample deviation.\n\n{markdown_table(rows, baseline)}\n"
+        f"# {report['title'] or 'Comparison'}\n\n{metrics[0]} on {report['dataset']}, mean over "
+        f"seeds with the sample deviation; cost is the time of an iteration beside the baseline's."
+        f"\n\n{markdown_table(rows, baseline, metrics)}\n"
         f"`{command}`\n\n{report['machine']}; {report['versions']}\n"
     )
     write_atomically(os.path.join(output, "report.md"), text)
     if rows:
-        ap_bars(rows, os.path.join(output, "ap.png"), report["title"])
+        ap_bars(rows, os.path.join(output, "ap.png"), report["title"], metrics[0])
+        costs = relative_costs([row for row in rows if row["name"] not in teachers], baseline)
+        points = {row["name"]: (costs[row["name"]], row[metrics[0]]) for row in rows
+                  if row["name"] in costs and row[metrics[0]] is not None}  # fmt: skip
+        if len(points) > 1:
+            cost_scatter(points, os.path.join(output, "cost.png"), metrics[0])
     if any(len(points) > 1 for points in curves.values()):
-        ap_curves(curves, os.path.join(output, "curves.png"))
+        ap_curves(curves, os.path.join(output, "curves.png"), metrics[0])
     shown = [name for name in suite.get("show", detections) if name in detections]
     if shown:
-        detections_side_by_side(
-            suite["dataset"],
-            {name: detections[name] for name in shown},
-            os.path.join(output, "detections.png"),
-        )
+        draw = label_maps_side_by_side if task == "sem_seg" else detections_side_by_side
+        picture = "label_maps.png" if task == "sem_seg" else "detections.png"
+        found = {name: detections[name] for name in shown}
+        draw(suite["dataset"], found, os.path.join(output, picture))
     return report
 
 
@@ -332,11 +319,13 @@ def main() -> None:
             ]
         os.makedirs(args.output, exist_ok=True)
         runs = make_runs(suite, args.seeds, args.output, opts)
-        register_configured(load_config(suite["rows"][0]["config"], [str(x) for x in opts]))
+        first = runs[0]
+        register_configured(load_config(first.row["config"], [str(x) for x in first.opts]))
         start = time.time()
         command = shlex.join(["python", "tools/compare.py", *sys.argv[1:]])
         report = execute_all(suite, runs, args.output, command, args.jobs)
-        print(f"\n{markdown_table(report['rows'], suite.get('baseline'))}")
+        metrics = TASK_METRICS[report["task"]]
+        print(f"\n{markdown_table(report['rows'], suite.get('baseline'), metrics)}")
         print(f"{time.time() - start:.0f} s; report and pictures in {args.output}")
 
 

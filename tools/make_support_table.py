@@ -37,6 +37,8 @@ LABELS = (
     ("mask_rcnn", "Mask R-CNN"),
     ("keypoint_rcnn", "Keypoint R-CNN"),
     ("panoptic_fpn", "Panoptic FPN"),
+    ("semseg", "Semantic FPN"),
+    ("conditional_detr", "Conditional DETR"),
 )
 README = os.path.join(ROOT, "README.md")
 

@@ -69,7 +69,7 @@ def decode_both(model, example: dict):
     sizes = [tuple(example["image"].shape[-2:])]
     canvas = canvas_size(sizes, model.teacher.size_divisibility)
     observed = model.teacher.observe([example["image"]], canvas, model.image_format)
-    return student.decode(memory, keep_attention=True), observed["decoder"]
+    return student.decode(memory, keep_attention=True), observed["decoded"]
 
 
 def partners(head, student, teacher) -> list[torch.Tensor]:

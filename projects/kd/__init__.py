@@ -15,8 +15,10 @@ from .distiller import DistillMetaArch, build_training_model, student_of
 from .errors import ConfigError, DataError
 from .heads import IMITATION_HEAD_REGISTRY, ImitationHead, build_adapters
 from .modeling import conditional_detr as _conditional_detr  # noqa: F401
+from .modeling import dilated as _dilated  # noqa: F401
 from .modeling import fcos as _fcos  # noqa: F401
 from .modeling import gfl as _gfl  # noqa: F401
+from .modeling import pspnet as _pspnet  # noqa: F401
 from .modeling import pyramids as _pyramids  # noqa: F401
 from .modeling import reppoints as _reppoints  # noqa: F401
 from .modeling import timm_fpn as _timm_fpn  # noqa: F401

@@ -6,13 +6,13 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
-from detectron2.structures import Boxes, pairwise_iou
+from detectron2.structures import Boxes, ImageList, pairwise_iou
 
 from .distiller import build_training_model
 from .engine.optim import build_optimizations
 from .levels import scaled_size
 from .measure import random_batch, settle_norms
-from .taps import class_key
+from .taps import class_key, offers
 
 
 class Bench:
@@ -33,17 +33,23 @@ class Bench:
         torch.manual_seed(0)
         self.model = build_training_model(self.cfg).train()
         self.device = self.model.device
-        self.batch = random_batch(image_size, boxes, self._classes())
+        segments = offers(self.cfg.MODEL.META_ARCHITECTURE, "sem_seg")
+        self.batch = random_batch(image_size, boxes, self._classes(), label_maps=segments)
         for x in self.batch if self.model.teacher_scale != 1 else ():
             size = scaled_size(x["image"].shape[-2:], self.model.teacher_scale)
             x["image_teacher"] = F.interpolate(x["image"][None], size=size)[0]
-        self.images = self.model.teacher_images(self.batch)
         student, teacher = self.model.student, self.model.teacher.model
         for detector in (student, teacher):
-            settle_norms(detector.backbone, detector.preprocess_image(self.batch).tensor)
+            settle_norms(detector.backbone, self._input(detector))
         amp = self.cfg.SOLVER.AMP
         self.dtype = getattr(torch, amp.DTYPE) if amp.ENABLED else None
         self.ctx = self._observe()
+
+    def _input(self, detector) -> torch.Tensor:
+        """(N, 3, H, W) as the detector normalises and pads it."""
+        mean, std = detector.pixel_mean, detector.pixel_std
+        images = [(x["image"].to(mean.device) - mean) / std for x in self.batch]
+        return ImageList.from_tensors(images, detector.backbone.size_divisibility).tensor
 
     def _classes(self) -> int:
         value = self.cfg
@@ -57,14 +63,11 @@ class Bench:
 
     @torch.no_grad()
     def teacher(self):
-        """The teacher's input and backbone, as every step runs them."""
+        """The teacher's input and its forward pass, as far as the heads read it."""
         with self.autocast():
-            tensor = self.model.teacher.preprocess(
-                self.images,
-                scaled_size(self.ctx.canvas, self.model.teacher_scale),
-                self.model.image_format,
-            )
-            return self.model.teacher.model.backbone(tensor)
+            canvas = scaled_size(self.ctx.canvas, self.model.teacher_scale)
+            images = self.model.teacher_images(self.batch)
+            return self.model.teacher.observe(images, canvas, self.model.image_format)
 
     def step(self, model=None):
         """A function that trains ``model`` (the student alone by default) for one step.
@@ -90,7 +93,7 @@ class Bench:
         return run
 
     def base(self):
-        """Teacher's backbone and student step: what distillation cannot do without."""
+        """Teacher's forward pass and student step: what distillation cannot do without."""
         step = self.step()
 
         def run():

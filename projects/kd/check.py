@@ -14,7 +14,7 @@ from .files import resolve_config
 from .heads.base import head_class
 from .levels import check_input_scale
 from .schedule import build_ramp
-from .taps import class_key
+from .taps import class_key, class_names_of
 from .teacher import DTYPES
 from .tiles import check_tiles
 from .visdrone_eval import READINGS
@@ -40,6 +40,8 @@ def check_config(cfg, training: bool = True) -> None:
         _one_of("TEST.VISDRONE_READINGS", name, READINGS)
     if training:
         _one_of("INPUT.IGNORED_REGIONS", cfg.INPUT.IGNORED_REGIONS, ("paint", "keep"))
+        if cfg.INPUT.CROP.AFTER_RESIZE and cfg.INPUT.DETR_AUGMENTATION:
+            raise ConfigError("INPUT.CROP.AFTER_RESIZE: INPUT.DETR_AUGMENTATION has its own crop")
         _check_solver(cfg)
         if cfg.KD.META_ARCHITECTURE:
             _check_distillation(cfg)
@@ -85,6 +87,12 @@ def _check_datasets(cfg, training: bool) -> None:
 
 def _check_files(key: str, dataset: str) -> None:
     metadata = MetadataCatalog.get(dataset)
+    for folder in (metadata.get("image_dir"), metadata.get("gt_dir")):
+        if folder and not os.path.isdir(folder):
+            raise ConfigError(
+                f"{key}: data set '{dataset}' needs the folder '{folder}'; put it there, or set "
+                "the environment variable DETECTRON2_DATASETS (datasets/README.md)"
+            )
     file = metadata.get("json_file")
     if file and "://" not in file and not metadata.get("made_on_first_use", False):
         if not os.path.isfile(file):
@@ -98,7 +106,7 @@ def _check_files(key: str, dataset: str) -> None:
 
 def _check_classes(cfg, dataset: str) -> None:
     key = class_key(cfg.MODEL.META_ARCHITECTURE)
-    names = MetadataCatalog.get(dataset).get("thing_classes", ())
+    names = MetadataCatalog.get(dataset).get(class_names_of(cfg.MODEL.META_ARCHITECTURE), ())
     if key is None or not names:
         return
     value = cfg

@@ -14,6 +14,7 @@ import torch
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
+from detectron2.projects.deeplab import add_deeplab_config
 from detectron2.utils.logger import log_first_n
 
 from .errors import ConfigError
@@ -60,6 +61,7 @@ def add_kd_config(cfg: CN) -> None:
     _add_solver_keys(cfg)
     _add_data_keys(cfg)
     _add_backbone_keys(cfg)
+    _add_segmentation_keys(cfg)
     for hook in _CONFIG_HOOKS:
         hook(cfg)
 
@@ -76,6 +78,9 @@ def _add_distillation_keys(cfg: CN) -> None:
     kd.IMPORTS = ()
     # COCO-format data sets to register: [[name, json file, image folder], ...].
     kd.DATASETS = []
+    # Data sets with label maps: [[name, image folder, label folder, [class, ...]], ...]. Labels are
+    # one-byte .png with the image's name; pixel value = index of the class, 255 = none.
+    kd.SEM_SEG_DATASETS = []
     # Student levels to distil, for all heads that do not set their own. () = all common levels.
     kd.LEVELS = ()
     # [[student level, teacher level], ...]; [] = pair levels of equal stride.
@@ -156,7 +161,8 @@ def _add_data_keys(cfg: CN) -> None:
 def _add_backbone_keys(cfg: CN) -> None:
     cfg.MODEL.TIMM = timm = CN()
     # A timm model that supports features_only, e.g. "mobilenetv3_small_050"; used by
-    # MODEL.BACKBONE.NAME build_timm_fpn_backbone and build_retinanet_timm_fpn_backbone.
+    # MODEL.BACKBONE.NAME build_timm_fpn_backbone, build_retinanet_timm_fpn_backbone and (without
+    # FPN, stages of MODEL.RESNETS.OUT_FEATURES) build_plain_timm_backbone.
     timm.NAME = ""
     # timm feature indices; () = those the FPN needs, found by their strides.
     timm.OUT_INDICES = ()
@@ -169,6 +175,17 @@ def _add_backbone_keys(cfg: CN) -> None:
     # Freeze the stem and this many stages (0 = train all).
     timm.FREEZE_AT = 0
     timm.DROP_PATH = 0.0
+    # Of build_plain_timm_backbone: 16 or 8 dilates the last stages, for segmentation.
+    timm.OUTPUT_STRIDE = 32
+
+
+def _add_segmentation_keys(cfg: CN) -> None:
+    # detectron2's own DeepLab project: its keys, backbone and heads (importing it registers them).
+    add_deeplab_config(cfg)
+    # True: INPUT.CROP is taken after resizing and before flipping, with labels in which no class
+    # covers more than INPUT.CROP.SINGLE_CATEGORY_MAX_AREA of the crop if ten tries find such a
+    # place. False: before resizing, as detectron2's default mapper.
+    cfg.INPUT.CROP.AFTER_RESIZE = False
 
 
 class _ConfigFile(CN):

@@ -12,6 +12,7 @@ from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from .errors import DataError
 from .levels import scaled_size
 
 
@@ -100,6 +101,54 @@ class DistillContext:
     def teacher_valid_mask(self, level: str) -> torch.Tensor:
         """(N, 1, Ht, Wt) bool: :meth:`valid_mask` on the teacher's own grid, for its own image."""
         return self._mask("teacher", level, self._teacher_grid(level))
+
+    def canvas_mask(self, size: tuple[int, int]) -> torch.Tensor | None:
+        """:meth:`valid_mask` of a map of ``size`` = (rows, columns) that covers the whole canvas.
+
+        None where nothing is padding.
+        """
+        if all(tuple(image) == tuple(self.canvas) for image in self.image_sizes):
+            return None
+        key = "canvas", tuple(size)
+        if key not in self._masks:
+            device = next(iter(self.student_features.values())).device
+            sizes = torch.tensor(self.image_sizes, device=device)
+            # row r starts at r * canvas / rows pixels
+            y = torch.arange(size[0], device=device) * self.canvas[0] < sizes[:, :1] * size[0]
+            x = torch.arange(size[1], device=device) * self.canvas[1] < sizes[:, 1:] * size[1]
+            self._masks[key] = (y[:, :, None] & x[:, None, :])[:, None]
+        return self._masks[key]
+
+    def label_maps(self, ignore: int) -> torch.Tensor:
+        """Ground-truth class of each pixel, (N, *canvas) int64 on the student's device.
+
+        Made when first asked for, from ``sem_seg`` (H, W) of the batch.
+
+        Args:
+            ignore: label of what has no class; fills the padding.
+
+        Raises:
+            DataError: an image without a label map, or with one of another size.
+        """
+        key = "labels", ignore
+        if key not in self._masks:
+            device = next(iter(self.student_features.values())).device
+            shape = (len(self.batch), *self.canvas)
+            labels = torch.full(shape, ignore, dtype=torch.long, device=device)
+            for own, item, size in zip(labels, self.batch, self.image_sizes, strict=True):
+                name = item.get("file_name", "an image")
+                if "sem_seg" not in item:
+                    raise DataError(
+                        f"{name} has no label map: the data set gives no sem_seg_file_name"
+                    )
+                found = item["sem_seg"]
+                if tuple(found.shape) != tuple(size):
+                    raise DataError(
+                        f"{name}: the label map has {tuple(found.shape)} pixels, the image {size}"
+                    )
+                own[: size[0], : size[1]] = found.to(device, torch.long)
+            self._masks[key] = labels
+        return self._masks[key]
 
     def has_padding(self, level: str) -> bool:
         """Whether :meth:`valid_mask` is False anywhere; costs no transfer from the device."""

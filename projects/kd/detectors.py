@@ -12,6 +12,11 @@ def _run_dense_head(model, features):
     model.head([features[level] for level in model.head_in_features])
 
 
+def _run_sem_seg_head(model, features):
+    head = model.sem_seg_head
+    getattr(head, "layers", head)(features)  # without the upsampling, where it can be left out
+
+
 def _run_rpn_head(model, features):
     rpn = model.proposal_generator
     rpn.rpn_head([features[level] for level in rpn.in_features])
@@ -39,6 +44,25 @@ register_taps(
 register_predictor("RetinaNet", RetinaNetPredictor)
 register_predictor("GeneralizedRCNN", RCNNPredictor)
 
+# SemSegFPNHead, DeepLab's heads and PSPNetHead end in a 1x1 convolution ``predictor``: ``sem_seg``
+# are its logits before upsampling, ``decoder`` is what it reads.
+_SEGMENTATION = {
+    "sem_seg": TapSpec(
+        "sem_seg_head.predictor",
+        run=_run_sem_seg_head,
+        channels=lambda model: model.sem_seg_head.predictor.out_channels,
+    ),
+    "decoder": TapSpec(
+        "sem_seg_head.predictor",
+        run=_run_sem_seg_head,
+        take_input=True,
+        channels=lambda model: model.sem_seg_head.predictor.in_channels,
+    ),
+}
+register_taps("SemanticSegmentor", features=TapSpec("backbone"), **_SEGMENTATION)
+register_taps("PanopticFPN", **_SEGMENTATION)
+
+register_class_key("SemanticSegmentor", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "stuff_classes")
 register_class_key("RetinaNet", "MODEL.RETINANET.NUM_CLASSES")
 register_class_key("GeneralizedRCNN", "MODEL.ROI_HEADS.NUM_CLASSES")
 register_class_key("PanopticFPN", "MODEL.ROI_HEADS.NUM_CLASSES")

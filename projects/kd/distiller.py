@@ -90,7 +90,8 @@ class DistillMetaArch(nn.Module):
         """Build the student of MODEL.META_ARCHITECTURE, the teacher and KD.HEADS."""
         student = build_model(cfg)
         teacher = build_teacher(cfg)
-        level_map = pair_levels(cfg.KD.LEVEL_MAP, student.backbone, teacher.model.backbone)
+        backbones = student.backbone, teacher.model.backbone
+        level_map = pair_levels(cfg.KD.LEVEL_MAP, *backbones, required=False)
         student_info, teacher_info = paired_infos(cfg, student, teacher, level_map)
         heads = build_imitation_heads(cfg, student_info, teacher_info)
         return {

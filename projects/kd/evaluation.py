@@ -26,7 +26,6 @@ from detectron2.evaluation import (
     COCOEvaluator,
     COCOPanopticEvaluator,
     DatasetEvaluators,
-    SemSegEvaluator,
     inference_on_dataset,
     print_csv_format,
 )
@@ -38,12 +37,17 @@ from .data.check import repair_ground_truth
 from .data.mapper import NamedErrors
 from .data.register import is_configured
 from .errors import ConfigError
+from .sem_seg_evaluation import SemanticEvaluator
+from .taps import class_names_of
 from .tiles import TiledDetector
 
 # Keypoint scale for OKS where neither the config nor COCO has one: the mean of COCO's 17. Ours.
 DEFAULT_OKS_SIGMA = 0.067
 # faster-coco-eval gives pycocotools' numbers to 1e-6 (a test holds it to that) in this series.
 FASTER_SERIES = "1.8."
+
+# evaluator types of data sets that have nothing but label maps
+LABEL_MAPS = ("sem_seg", "cityscapes_sem_seg")
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +107,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     """The evaluator(s) for the data set's ``evaluator_type``.
 
     ``coco``: boxes, masks and keypoints as far as the model predicts them, and semantic
-    segmentation where data set and model have it; ``sem_seg``; ``coco_panoptic_seg`` and
+    segmentation where data set and model have it (that alone for a model that only segments);
+    ``sem_seg``, ``cityscapes_sem_seg`` (with detectron2's mIoU); ``coco_panoptic_seg`` and
     ``ade20k_panoptic_seg``: all of these and the panoptic quality; and the types of
     :func:`register_evaluator`.
 
@@ -116,14 +121,20 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     kind = metadata.get("evaluator_type")
     if kind in _BUILDERS:
         return _BUILDERS[kind](cfg, dataset_name, folder)
-    known = ("coco", "sem_seg", "coco_panoptic_seg", "ade20k_panoptic_seg")
+    known = ("coco", *LABEL_MAPS, "coco_panoptic_seg", "ade20k_panoptic_seg")
     if kind not in known:
         raise ConfigError(
             f"DATASETS.TEST: '{dataset_name}' has evaluator_type {kind}; it can be "
             + ", ".join((*known, *_BUILDERS))
         )
     evaluators = []
-    if kind != "sem_seg":
+    segments_only = class_names_of(cfg.MODEL.META_ARCHITECTURE) == "stuff_classes"
+    if segments_only and not metadata.get("stuff_classes"):
+        raise ConfigError(
+            f"DATASETS.TEST: '{dataset_name}' has no label maps to evaluate "
+            f"{cfg.MODEL.META_ARCHITECTURE} with"
+        )
+    if kind not in LABEL_MAPS and not segments_only:
         evaluators.append(_detection_evaluator(cfg, dataset_name, folder))
     if kind != "coco" or metadata.get("stuff_classes"):
         evaluators.append(SemanticEvaluator(dataset_name, output_dir=folder))
@@ -290,27 +301,6 @@ class DetectionEvaluator(COCOEvaluator):
                 f"'{self._metadata.name}' has {true} keypoints, the model predicts {predicted} "
                 f"(MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS), TEST.KEYPOINT_OKS_SIGMAS has {scales}"
             )
-
-
-class SemanticEvaluator(SemSegEvaluator):
-    """detectron2's SemSegEvaluator; silent when the model predicts no semantic segmentation."""
-
-    def reset(self):
-        """Start anew."""
-        super().reset()
-        self._any = False
-
-    def process(self, inputs, outputs):
-        """Count the outputs that hold ``sem_seg``."""
-        pairs = [(i, o) for i, o in zip(inputs, outputs, strict=True) if "sem_seg" in o]
-        if pairs:
-            self._any = True
-            super().process(*zip(*pairs, strict=True))
-
-    def evaluate(self):
-        """``{"sem_seg": {"mIoU": ...}}`` on the main process, nothing without predictions."""
-        predicted = comm.all_gather(self._any) if self._distributed else [self._any]
-        return super().evaluate() if any(predicted) else None
 
 
 def _mean(precision: np.ndarray) -> float:

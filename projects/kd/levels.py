@@ -14,7 +14,10 @@ from .errors import ConfigError
 
 
 def pair_levels(
-    level_map: Sequence[Sequence[str]], student: nn.Module, teacher: nn.Module
+    level_map: Sequence[Sequence[str]],
+    student: nn.Module,
+    teacher: nn.Module,
+    required: bool = True,
 ) -> dict[str, str]:
     """Pair backbone levels.
 
@@ -22,7 +25,9 @@ def pair_levels(
         level_map: KD.LEVEL_MAP, pairs (student level, teacher level); empty = by equal stride.
         student, teacher: the backbones. Levels that an FPN's top block makes (p6, p7) are paired
             only when both top blocks are of the same kind: RetinaNet's p6 is a convolution of res5
-            and carries new information, R-CNN's p6 is a subsampled p5.
+            and carries new information, R-CNN's p6 is a subsampled p5. Where several teacher levels
+            have the stride (dilated backbones), the one of the same name is taken.
+        required: False: no common level is an empty answer (heads on outputs need none).
 
     Returns:
         Student level to teacher level, finest first.
@@ -41,11 +46,11 @@ def pair_levels(
             for other, other_shape in theirs.items():
                 same_stride = shape.stride == other_shape.stride
                 if same_stride and _maker(student, level) == _maker(teacher, other):
-                    pairs[level] = other
-    if not pairs:
+                    pairs[level] = level if pairs.get(level) == level else other
+    if not pairs and required:
         raise ConfigError(
-            f"KD.LEVEL_MAP: student and teacher share no level; student: {_describe(ours)}; "
-            f"teacher: {_describe(theirs)}"
+            f"KD.LEVEL_MAP: student and teacher share no level; student: {describe(ours)}; "
+            f"teacher: {describe(theirs)}"
         )
     return dict(sorted(pairs.items(), key=lambda pair: ours[pair[0]].stride))
 
@@ -54,8 +59,7 @@ def _check_names(side: str, names, shapes: Mapping[str, ShapeSpec]) -> None:
     unknown = [name for name in names if name not in shapes]
     if unknown:
         raise ConfigError(
-            f"KD.LEVEL_MAP: the {side} has no level {', '.join(unknown)}; it has "
-            f"{_describe(shapes)}"
+            f"KD.LEVEL_MAP: the {side} has no level {', '.join(unknown)}; it has {describe(shapes)}"
         )
 
 
@@ -69,7 +73,8 @@ def _maker(backbone: nn.Module, level: str) -> str:
     return type(top).__name__ if level in made else ""
 
 
-def _describe(shapes: Mapping[str, ShapeSpec]) -> str:
+def describe(shapes: Mapping[str, ShapeSpec]) -> str:
+    """Level names and strides for messages."""
     return ", ".join(f"{name} (stride {shape.stride})" for name, shape in shapes.items())
 
 

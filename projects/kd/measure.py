@@ -140,7 +140,12 @@ def peak_bytes(action: Callable[[], object], device: torch.device | str = "cpu")
 
 
 def random_batch(
-    size: tuple[int, int], boxes: int, classes: int, images: int = 1, seed: int = 0
+    size: tuple[int, int],
+    boxes: int,
+    classes: int,
+    images: int = 1,
+    seed: int = 0,
+    label_maps: bool = False,
 ) -> list[dict]:
     """A batch of noise as detectron2's loader gives it.
 
@@ -150,6 +155,7 @@ def random_batch(
         classes: labels are drawn from 0 to classes - 1.
         images: in the batch.
         seed: of all numbers.
+        label_maps: add ``sem_seg`` (H, W), a random class for each block of 16x16 pixels.
     """
     generator = torch.Generator().manual_seed(seed)
     height, width = size
@@ -163,7 +169,14 @@ def random_batch(
         instances.gt_boxes = Boxes(torch.cat([corners, corners + lengths], dim=1))
         instances.gt_classes = torch.randint(classes, (boxes,), generator=generator)
         image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
-        batch.append({"image": image, "instances": instances, "height": height, "width": width})
+        item = {"image": image, "instances": instances, "height": height, "width": width}
+        if label_maps:
+            blocks = torch.randint(
+                classes, (-(-height // 16), -(-width // 16)), generator=generator
+            )
+            labels = blocks.repeat_interleave(16, 0).repeat_interleave(16, 1)
+            item["sem_seg"] = labels[:height, :width].contiguous()
+        batch.append(item)
     return batch
 
 

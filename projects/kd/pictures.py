@@ -16,41 +16,131 @@ import numpy as np  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.structures import BoxMode  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
+from pycocotools import mask as mask_util  # noqa: E402
 
 _COLOURS = plt.get_cmap("tab10").colors
 
 
-def ap_bars(rows: Sequence[Mapping], path: str, title: str = "") -> None:
-    """Bars of AP with one point for each seed."""
+def ap_bars(rows: Sequence[Mapping], path: str, title: str = "", metric: str = "AP") -> None:
+    """Bars of AP (or another metric) with one point for each seed."""
     names = [row["name"] for row in rows]
     figure, axes = plt.subplots(figsize=(1.8 + 1.1 * len(rows), 4))
-    heights = [row["AP"] or 0.0 for row in rows]
+    heights = [row[metric] or 0.0 for row in rows]
     axes.bar(names, heights, color=[_COLOURS[i % 10] for i in range(len(rows))], alpha=0.85)
     for i, row in enumerate(rows):
-        points = row.get("AP_seeds", [])
+        points = row.get(f"{metric}_seeds", [])
         axes.plot([i] * len(points), points, "k.", markersize=5)
         top = max([heights[i], *points])
         axes.annotate(
             f"{heights[i]:.1f}", (i, top), (0, 6), ha="center", textcoords="offset points"
         )
-    axes.set_ylabel("AP")
+    axes.set_ylabel(metric)
     axes.set_title(textwrap.fill(title, 20 + 10 * len(rows)), fontsize=10)
     axes.margins(y=0.12)
     plt.setp(axes.get_xticklabels(), rotation=25, ha="right")
     _save(figure, path)
 
 
-def ap_curves(curves: Mapping[str, Sequence[tuple[int, float]]], path: str) -> None:
-    """AP against iterations; ``curves`` maps a name to (iteration, AP) points."""
+def ap_curves(
+    curves: Mapping[str, Sequence[tuple[int, float]]], path: str, metric: str = "AP"
+) -> None:
+    """A metric against iterations; ``curves`` maps a name to (iteration, value) points."""
     figure, axes = plt.subplots(figsize=(6.5, 4))
     for i, (name, points) in enumerate(curves.items()):
         if points:
             axes.plot(*zip(*points, strict=True), "o-", label=name, color=_COLOURS[i % 10])
     axes.set_xlabel("iteration")
-    axes.set_ylabel("AP")
+    axes.set_ylabel(metric)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     _save(figure, path)
+
+
+def cost_scatter(points: Mapping[str, tuple[float, float]], path: str, metric: str) -> None:
+    """A metric against cost.
+
+    Args:
+        points: name to (time of an iteration relative to the plain student's, metric).
+        path: the picture to write.
+        metric: its name.
+    """
+    figure, axes = plt.subplots(figsize=(6.5, 4))
+    for i, (name, (cost, value)) in enumerate(points.items()):
+        axes.plot(cost, value, "o", color=_COLOURS[i % 10])
+        axes.annotate(name, (cost, value), (5, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("time of a training iteration / plain student's")
+    axes.set_ylabel(metric)
+    axes.margins(x=0.2, y=0.1)
+    axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def label_maps_side_by_side(
+    dataset: str, results: Mapping[str, str], path: str, num_images: int = 4
+) -> None:
+    """One line an image: the image, its label map, then the prediction of each model.
+
+    Pixels without a class are black.
+
+    Args:
+        dataset: a registered data set with label maps.
+        results: column name to a ``sem_seg_predictions.json`` of detectron2's evaluator.
+        path: the picture to write.
+        num_images: lines; the images are those with the most classes among evenly spaced ones.
+    """
+    metadata = MetadataCatalog.get(dataset)
+    count, ignore = len(metadata.stuff_classes), metadata.ignore_label
+    records = DatasetCatalog.get(dataset)
+    parts = np.array_split(np.arange(len(records)), min(num_images, len(records)))
+    chosen = []
+    for part in parts:
+        some = [records[i] for i in part[:8]]
+        chosen.append(max(some, key=lambda r: len(np.unique(_labels(r["sem_seg_file_name"])))))
+    to_class = metadata.get("stuff_dataset_id_to_contiguous_id", {})
+    columns = {
+        name: _predicted_maps(file, {r["file_name"] for r in chosen}, to_class)
+        for name, file in results.items()
+    }
+    width = 2 + len(columns)
+    figure, grid = plt.subplots(
+        len(chosen), width, figsize=(2.4 * width, 2.4 * len(chosen)), squeeze=False
+    )
+    for line, record in zip(grid, chosen, strict=True):
+        truth = _labels(record["sem_seg_file_name"])
+        maps = [truth, *(columns[name].get(record["file_name"]) for name in columns)]
+        line[0].imshow(cv2.imread(record["file_name"])[..., ::-1])
+        for axes, labels in zip(line[1:], maps, strict=True):
+            if labels is not None:
+                axes.imshow(_coloured(labels, count, ignore))
+    for axes in grid.ravel():
+        axes.axis("off")
+    for axes, name in zip(grid[0], ["image", "label", *columns], strict=True):
+        axes.set_title(name, fontsize=10)
+    _save(figure, path)
+
+
+def _labels(file: str) -> np.ndarray:
+    return cv2.imread(file, cv2.IMREAD_GRAYSCALE)
+
+
+def _predicted_maps(file: str, wanted: set[str], to_class: Mapping[int, int]) -> dict:
+    """Image file to its label map (H, W), from run-length masks of classes."""
+    found: dict = {}
+    with open(file) as handle:
+        for item in json.load(handle):
+            if item["file_name"] in wanted:
+                mask = mask_util.decode(item["segmentation"]).astype(bool)
+                labels = found.setdefault(item["file_name"], np.full(mask.shape, 255, np.uint8))
+                labels[mask] = to_class.get(item["category_id"], item["category_id"])
+    return found
+
+
+def _coloured(labels: np.ndarray, count: int, ignore: int) -> np.ndarray:
+    """(H, W) labels to (H, W, 3) in 0..1."""
+    colours = plt.get_cmap("tab20")(np.arange(count) % 20)[:, :3]
+    picture = colours[np.minimum(labels, count - 1)]
+    picture[(labels == ignore) | (labels >= count)] = 0.0
+    return picture
 
 
 def detections_side_by_side(

@@ -9,7 +9,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-# further columns: task and metric in metrics.json, name of the column
+# What a table shows of each task; the first is the one that gains are counted in.
+TASK_METRICS = {
+    "bbox": METRICS,
+    "segm": METRICS,
+    "keypoints": ("AP", "AP50", "AP75", "APm", "APl"),
+    "sem_seg": ("mIoU", "fwIoU", "mACC", "pACC"),
+}
+# further columns of the task bbox: name of the column, task and metric in metrics.json
 FURTHER = {
     "mask AP": ("segm", "AP"),
     "keypoint AP": ("keypoints", "AP"),
@@ -45,26 +52,41 @@ def read_jsonl(path: str) -> list[dict]:
     return lines
 
 
-def summarise(name: str, runs: Sequence[Mapping[str, float]], **facts) -> dict:
+def seconds_per_iteration(run_dirs: Sequence[str]) -> float | None:
+    """Mean over runs of the median logged time of an iteration, None where none was logged."""
+    medians = []
+    for folder in run_dirs:
+        lines = read_jsonl(os.path.join(folder, "metrics.json"))
+        times = [line["time"] for line in lines if _is_number(line.get("time"))]
+        medians += [statistics.median(times)] if times else []
+    return round(statistics.fmean(medians), 4) if medians else None
+
+
+def summarise(
+    name: str, runs: Sequence[Mapping[str, float]], metrics: Sequence[str] = METRICS, **facts
+) -> dict:
     """One row of the report: means over seeds, and their spread.
 
     Args:
         name: the row's name.
         runs: metrics of each seed.
+        metrics: those to take; the first is spread over seeds.
         **facts: more entries of the row (config, seconds, ...).
 
     Returns:
         ``{"name", "AP", ..., "seeds", "AP_std", "AP_seeds"}``; a metric that is undefined in every
-        run (no object of that size) is None. ``AP_std`` is the sample deviation, None for one run.
+        run (no object of that size) is None. ``AP_std`` is the sample deviation, None for one run;
+        for other ``metrics`` these names start with the first of them.
     """
     row: dict = {"name": name}
-    for metric in METRICS:
+    for metric in metrics:
         values = [run[metric] for run in runs if _is_number(run.get(metric))]
         row[metric] = round(statistics.fmean(values), 3) if values else None
     row["seeds"] = len(runs)
-    aps = [run["AP"] for run in runs if _is_number(run.get("AP"))]
-    row["AP_std"] = round(statistics.stdev(aps), 3) if len(aps) > 1 else None
-    row["AP_seeds"] = [round(ap, 3) for ap in aps]
+    first = metrics[0]
+    found = [run[first] for run in runs if _is_number(run.get(first))]
+    row[f"{first}_std"] = round(statistics.stdev(found), 3) if len(found) > 1 else None
+    row[f"{first}_seeds"] = [round(value, 3) for value in found]
     return {**row, **facts}
 
 
@@ -83,19 +105,39 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def markdown_table(rows: Sequence[Mapping], baseline: str | None = None) -> str:
-    """The rows as a markdown table; with ``baseline``, the gain in AP over that row."""
-    base = next((row["AP"] for row in rows if row["name"] == baseline), None)
-    further = [column for column in FURTHER if any(column in row for row in rows)]
-    header = ["name", *METRICS, *further, "seeds"] + (["gain"] if base is not None else [])
+def relative_costs(rows: Sequence[Mapping], baseline: str | None) -> dict[str, float]:
+    """Row name to its time of an iteration divided by the baseline's, where both are known."""
+    times = {row["name"]: row.get("seconds_per_iteration") for row in rows}
+    base = times.get(baseline)
+    return {name: value / base for name, value in times.items() if base and value}
+
+
+def markdown_table(
+    rows: Sequence[Mapping], baseline: str | None = None, metrics: Sequence[str] = METRICS
+) -> str:
+    """The rows as a markdown table.
+
+    Args:
+        rows: of :func:`summarise`, perhaps with :func:`further_tasks`.
+        baseline: adds the gain over that row, and what an iteration costs beside its own.
+        metrics: columns; gains are counted in the first.
+    """
+    first = metrics[0]
+    base = next((row[first] for row in rows if row["name"] == baseline), None)
+    costs = relative_costs(rows, baseline)
+    further = [x for x in FURTHER if x not in metrics and any(x in row for row in rows)]
+    header = ["name", *metrics, *further, "seeds"] + (["gain"] if base is not None else [])
+    header += ["cost"] if costs else []
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
-        cells = [row["name"], *(_cell(row, metric) for metric in METRICS)]
+        cells = [row["name"], *(_cell(row, metric) for metric in metrics)]
         cells += [f"{row[column]:.1f}" if column in row else "-" for column in further]
         cells.append(str(row["seeds"]))
         if base is not None:
-            known = row["AP"] is not None and row["name"] != baseline
-            cells.append(f"{row['AP'] - base:+.1f}" if known else "")
+            known = row[first] is not None and row["name"] != baseline
+            cells.append(f"{row[first] - base:+.1f}" if known else "")
+        if costs:
+            cells.append(f"{costs[row['name']]:.2f}x" if row["name"] in costs else "-")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -103,7 +145,7 @@ def markdown_table(rows: Sequence[Mapping], baseline: str | None = None) -> str:
 def _cell(row: Mapping, metric: str) -> str:
     if row[metric] is None:
         return "-"
-    spread = row.get("AP_std") if metric == "AP" else None
+    spread = row.get(f"{metric}_std")
     return f"{row[metric]:.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
 from .errors import ConfigError
@@ -33,6 +34,9 @@ class TapSpec:
             teacher of which only the backbone is executed. None: the backbone's own forward pass
             reaches the module.
         select: turns the module's output into what heads receive. None: the output itself.
+        take_input: keep the module's (first) input in place of its output.
+        channels: ``channels(model)`` = C of a (N, C, H, W) tap, for taps that are compared as maps
+            and are no backbone levels.
         every_call: False keeps the first output of a step, True the list of all outputs (a module
             called for each level, stage or image).
         with_images: ``run`` gets the images too, ``run(model, features, images)``, as detectron2's
@@ -43,6 +47,8 @@ class TapSpec:
     run: Callable[..., Any] | None = None
     select: Callable[[Any], Any] | None = None
     every_call: bool = False
+    take_input: bool = False
+    channels: Callable[[nn.Module], int] | None = None
     with_images: bool = False
 
     @property
@@ -81,6 +87,14 @@ def taps_for(model: nn.Module | type) -> dict[str, TapSpec]:
             f"(register_taps beside the meta-arch); known: {sorted(_TAPS)}"
         )
     return found
+
+
+def offers(arch: str, name: str) -> bool:
+    """Whether a meta-arch, by its name in META_ARCH_REGISTRY, has a tap."""
+    if arch not in META_ARCH_REGISTRY:
+        return False
+    bases = getattr(META_ARCH_REGISTRY.get(arch), "__mro__", ())
+    return any(name in _TAPS.get(base.__name__, {}) for base in bases)
 
 
 def architectures_with(names: Iterable[str]) -> list[str]:
@@ -130,7 +144,8 @@ class FeatureTaps:
         spec = self.specs[name]
         if not self._recording or (name in self._values and not spec.every_call):
             return
-        value = output if spec.select is None else spec.select(output)
+        value = inputs[0] if spec.take_input else output
+        value = value if spec.select is None else spec.select(value)
         if spec.every_call:
             self._values.setdefault(name, []).append(value)
         else:
@@ -177,17 +192,29 @@ def _resolve(root: nn.Module, name: str, spec: TapSpec) -> str:
     )
 
 
-_CLASS_KEYS: dict[str, str] = {}
+_CLASS_KEYS: dict[str, tuple[str, str]] = {}
 
 
-def register_class_key(arch: str, key: str) -> None:
-    """Say which config key holds a meta-arch's number of classes (checked against the data set)."""
-    _CLASS_KEYS[arch] = key
+def register_class_key(arch: str, key: str, names: str = "thing_classes") -> None:
+    """Say which config key holds a meta-arch's number of classes (checked against the data set).
+
+    Args:
+        arch: class name of the meta-arch.
+        key: e.g. "MODEL.RETINANET.NUM_CLASSES".
+        names: the data set's metadata that lists these classes, "thing_classes" or (classes of
+            pixels) "stuff_classes".
+    """
+    _CLASS_KEYS[arch] = key, names
 
 
 def class_key(arch: str) -> str | None:
     """The key given to :func:`register_class_key`, or None."""
-    return _CLASS_KEYS.get(arch)
+    return _CLASS_KEYS.get(arch, (None, ""))[0]
+
+
+def class_names_of(arch: str) -> str:
+    """The metadata given to :func:`register_class_key`; "thing_classes" without a call."""
+    return _CLASS_KEYS.get(arch, (None, "thing_classes"))[1]
 
 
 _PSEUDO_ANCHORS: dict[str, float] = {}

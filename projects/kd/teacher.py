@@ -19,7 +19,7 @@ from .config import load_config
 from .context import ModelInfo
 from .errors import ConfigError
 from .files import MODEL_ZOO_PREFIX, resolve_config, zoo_weights_url
-from .taps import FeatureTaps, taps_for
+from .taps import FeatureTaps, class_names_of, taps_for
 from .weights import load_detector
 
 logger = logging.getLogger(__name__)
@@ -151,10 +151,11 @@ class Teacher:
         try:
             with self.taps.record(), self._precision(tensor.device.type):
                 features = self.model.backbone(tensor)
-                for spec in self.taps.specs.values():
-                    if spec.run is not None:
-                        extra = (ImageList(tensor, sizes),) if spec.with_images else ()
-                        spec.run(self.model, features, *extra)
+                specs = [spec for spec in self.taps.specs.values() if spec.run is not None]
+                # taps of one head share the function that runs it
+                for run, with_images in dict.fromkeys((x.run, x.with_images) for x in specs):
+                    extra = (ImageList(tensor, sizes),) if with_images else ()
+                    run(self.model, features, *extra)
             return {name: self.taps[name] for name in self.taps.specs}
         finally:
             self.taps.clear()
@@ -197,13 +198,14 @@ def build_teacher(cfg) -> Teacher:
         model,
         input_format=input_format,
         cfg=teacher_cfg,
-        class_names=_class_names(datasets),
+        class_names=_class_names(datasets, type(model).__name__),
         source=f"config {node.CONFIG_FILE}, weights {weights or 'random'}",
         dtype=node.DTYPE,
         channels_last=node.CHANNELS_LAST,
     )
     logger.info("%r", teacher)
-    _compare_classes(teacher.class_names, _class_names(cfg.DATASETS.TRAIN))
+    ours = _class_names(cfg.DATASETS.TRAIN, cfg.MODEL.META_ARCHITECTURE)
+    _compare_classes(teacher.class_names, ours)
     return teacher
 
 
@@ -242,9 +244,9 @@ def build_from_lazy(cfg, path: str):
     return model, None, weights, image_format, datasets
 
 
-def _class_names(datasets: Iterable[str]) -> tuple[str, ...]:
+def _class_names(datasets: Iterable[str], arch: str) -> tuple[str, ...]:
     for name in datasets:
-        return tuple(MetadataCatalog.get(name).get("thing_classes", ()))
+        return tuple(MetadataCatalog.get(name).get(class_names_of(arch), ()))
     return ()
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kd_testing import peak_bytes, random_boxes, wave
+from kd_testing import random_boxes, wave
 
 from projects.kd.functional.output_kd import (
     box_weight,
@@ -14,6 +14,7 @@ from projects.kd.functional.output_kd import (
     region_box_loss,
     region_class_loss,
 )
+from projects.kd.measure import peak_bytes
 
 SHAPES = (2, 2, 3, 4, 5), (2, 2, 3, 2, 3)
 

@@ -64,6 +64,11 @@ CASES = {
         Case("CWD"),
         Case("CWD", {"TARGET": "dense"}),
         Case("PKD"),
+        Case("AT"),
+        Case("LOCAL"),
+        Case("PA"),
+        Case("IFVD", {"WEIGHT": 1.0}),
+        Case("PI", {"TARGET": "dense"}, whole_batch=True),
         Case("FGFI", {"WEIGHT": 1.0}, whole_batch=True),
         Case("FGFI", {"WEIGHT": 1.0}, boxes=(4, 0), whole_batch=True),
         Case("FGFI", {"WEIGHT": 1.0}, boxes=(0, 0), whole_batch=True),
@@ -147,6 +152,8 @@ def batch_of(ranks, case: Case):
         ctx.gt += other.gt
         for level, feature in other.teacher_features.items():
             ctx.teacher_features[level] = torch.cat([ctx.teacher_features[level], feature])
+        pairs = zip(ctx.teacher_outputs["dense"][0], other.teacher_outputs["dense"][0], strict=True)
+        ctx.teacher_outputs["dense"] = ([torch.cat(pair) for pair in pairs],)
     return torch.cat(images), ctx
 
 

@@ -61,8 +61,8 @@ class TestD3ETR(HeadContract):
         head = self.head()
         full, half = self.context(), self.context()
         with torch.autocast("cpu", dtype=dtype):
-            assert half.student_outputs["decoder"].autocast is dtype
-            assert half.teacher_outputs["decoder"].logits.dtype == dtype
+            assert half.student_outputs["decoded"].autocast is dtype
+            assert half.teacher_outputs["decoded"].logits.dtype == dtype
         kinds = []
         half.student.class_embed.register_forward_hook(lambda m, x, y: kinds.append(y.dtype))
         losses, total = self.run(head, half)
@@ -101,7 +101,7 @@ def build(student, teacher, **node):
 
 def pairs_of(head, ctx):
     """The adaptive pairs of every layer."""
-    return head.adaptive_pairs(ctx.student_outputs["decoder"], ctx.teacher_outputs["decoder"])
+    return head.adaptive_pairs(ctx.student_outputs["decoded"], ctx.teacher_outputs["decoded"])
 
 
 # --- the two groups (2) --------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_second_group_changes_nothing_of_the_first():
     """In training mode without dropout; the head decodes from the same memory."""
     student, teacher = models()
     ctx = detr_context(student, teacher, **RAGGED)
-    before = ctx.student_outputs["decoder"]
+    before = ctx.student_outputs["decoded"]
     logits = before.logits.clone()
     build(student, teacher)(ctx)
     after = decoded(student, ctx.student_features[LEVEL], ctx.image_sizes, ctx.canvas)
@@ -123,7 +123,7 @@ def test_second_group_is_the_students_decoder_on_the_teachers_frozen_queries():
     student, teacher = models()
     ctx = detr_context(student, teacher, **RAGGED)
     head = build(student, teacher)
-    own = ctx.student_outputs["decoder"]
+    own = ctx.student_outputs["decoded"]
     second = head.second_group(ctx, own)
     copied = copy.deepcopy(student)
     copied.query_embed = copy.deepcopy(teacher.query_embed)
@@ -188,7 +188,7 @@ def test_only_the_teachers_best_queries_are_matched():
     student, teacher = models()
     ctx = detr_context(student, teacher, **RAGGED)
     head = build(student, teacher, MATCH={"TOPK": 3})
-    scores = ctx.teacher_outputs["decoder"].logits.sigmoid().amax(-1)
+    scores = ctx.teacher_outputs["decoded"].logits.sigmoid().amax(-1)
     for k, pairs in enumerate(pairs_of(head, ctx)):
         assert pairs.student.shape == (2, 3)
         for image in range(2):
@@ -227,7 +227,7 @@ def test_terms_equal_the_functions_on_gathered_pairs():
     student, teacher = models()
     ctx = detr_context(student, teacher, **RAGGED)
     head = build(student, teacher, FIXED=False, MATCH={"TOPK": 5}, WEIGHT=2.0)
-    ours, theirs = ctx.student_outputs["decoder"], ctx.teacher_outputs["decoder"]
+    ours, theirs = ctx.student_outputs["decoded"], ctx.teacher_outputs["decoded"]
     expected = dict.fromkeys(TERMS, 0.0)
     for k, pairs in enumerate(pairs_of(head, ctx)):
         parts = []
@@ -276,8 +276,8 @@ def test_the_teachers_assignment_is_used_where_it_should(where, replaced):
     student, teacher = models()
     ctx = detr_context(student, teacher, **RAGGED)
     head = build(student, teacher, AUX_ASSIGN_LAYERS=where, AUX_DET_WEIGHT=0.5)
-    theirs = ctx.teacher_outputs["decoder"]
-    second = head.second_group(ctx, ctx.student_outputs["decoder"])
+    theirs = ctx.teacher_outputs["decoded"]
+    second = head.second_group(ctx, ctx.student_outputs["decoded"])
     targets = Targets.of(ctx.gt, torch.device("cpu"))
     criterion = student.criterion
     own = assign(criterion.costs(second.logits, second.boxes, targets))
@@ -323,7 +323,7 @@ def test_a_teacher_with_a_finer_grid():
     ctx = detr_context(student, teacher, **RAGGED)
     fine = torch.randn(2, CHANNELS, 8, 8)
     with torch.no_grad():
-        ctx.teacher_outputs["decoder"] = decoded(teacher, fine, ctx.image_sizes, ctx.canvas)
+        ctx.teacher_outputs["decoded"] = decoded(teacher, fine, ctx.image_sizes, ctx.canvas)
     losses = build(student, teacher)(ctx)
     sum(losses.values()).backward()
     assert all(x.isfinite() for x in losses.values())

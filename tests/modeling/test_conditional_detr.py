@@ -277,17 +277,17 @@ def test_inference_takes_the_top_scores_over_queries_and_classes():
 
 def test_the_tap_gives_what_was_decoded_on_both_sides():
     model = detr()
-    specs = {"decoder": taps_for(model)["decoder"]}
+    specs = {"decoded": taps_for(model)["decoded"]}
     taps = FeatureTaps(model, specs)
     with taps.record():
         losses_at(model, make_batch(SIZES))
-    decoded = taps["decoder"]
+    decoded = taps["decoded"]
     assert decoded.logits.shape == (3, 2, 12, CLASSES) and decoded.self_attention is not None
     taps.clear()
     model.eval()
     images = model.preprocess_image(make_batch(SIZES))
     with taps.record(), torch.no_grad():
-        specs["decoder"].run(model, model.backbone(images.tensor), images)
+        specs["decoded"].run(model, model.backbone(images.tensor), images)
     torch.testing.assert_close(
-        taps["decoder"].boxes, model.decode(encoded(model, make_batch(SIZES))).boxes
+        taps["decoded"].boxes, model.decode(encoded(model, make_batch(SIZES))).boxes
     )

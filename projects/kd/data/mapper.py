@@ -1,23 +1,20 @@
-"""The training mapper, with one-line errors."""
+"""The training mapper, with one-line errors for files that cannot be used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import SizeMismatchError
-from PIL import Image
 
 from ..errors import DataError
+from ..taps import offers
 from .detr_augmentation import detr_augmentations
 from .ignored_regions import TrainMapper
-
-# what Pillow and detectron2 raise for a missing, cut off or foreign file, or a wrong size
-_UNREADABLE = (OSError, SyntaxError, SizeMismatchError, Image.DecompressionBombError)
+from .labels import UNREADABLE, UsableLabels, check_label_size, crop_after_resize
 
 
 class NamedErrors:
-    """Runs a mapper and turns an unreadable image into a :class:`DataError` that names the file.
+    """Runs a mapper and turns unusable files into a :class:`DataError` that names them.
 
     Args:
         mapper: data set dict -> training example, or None to have another image tried.
@@ -28,14 +25,23 @@ class NamedErrors:
 
     def __call__(self, dataset_dict: dict) -> dict | None:
         """See the mapper."""
+        name = dataset_dict.get("file_name", f"image {dataset_dict.get('image_id')}")
         try:
+            check_label_size(dataset_dict)
             return self.mapper(dataset_dict)
-        except _UNREADABLE as error:
-            name = dataset_dict.get("file_name", f"image {dataset_dict.get('image_id')}")
+        except UNREADABLE as error:
             raise DataError(f"{name}: image cannot be read: {error}") from error
 
 
 def build_train_mapper(cfg: CfgNode) -> Callable[[dict], dict | None]:
     """The mapper of training, as INPUT, MODEL.MASK_ON, KD.TEACHER.INPUT_SCALE, ... set it."""
-    own = {"augmentations": detr_augmentations(cfg)} if cfg.INPUT.DETR_AUGMENTATION else {}
-    return NamedErrors(TrainMapper(cfg, is_train=True, **own))
+    own = {}
+    if cfg.INPUT.DETR_AUGMENTATION:
+        own["augmentations"] = detr_augmentations(cfg)
+    elif cfg.INPUT.CROP.AFTER_RESIZE:
+        own["augmentations"] = crop_after_resize(cfg)
+    mapper = TrainMapper(cfg, is_train=True, **own)
+    if offers(cfg.MODEL.META_ARCHITECTURE, "sem_seg"):
+        head = cfg.MODEL.SEM_SEG_HEAD
+        mapper = UsableLabels(mapper, head.NUM_CLASSES, head.IGNORE_VALUE)
+    return NamedErrors(mapper)

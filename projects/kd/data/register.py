@@ -15,6 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..errors import ConfigError
 from .check import inspect_annotations, load_checked
+from .sem_seg import register_sem_seg_datasets
 from .shapes import register_shapes
 from .visdrone import register_visdrone
 
@@ -28,6 +29,8 @@ register_visdrone()
 
 def register_configured(cfg) -> None:
     """Register each ``[name, json file, image folder]`` of ``cfg.KD.DATASETS``.
+
+    Those of ``cfg.KD.SEM_SEG_DATASETS`` too (:mod:`.sem_seg`).
 
     Paths may be relative to the working directory and may hold ``~`` and ``$VARIABLES``. Doing it
     again with the same entries changes nothing. Annotations are checked here, image files when the
@@ -43,6 +46,7 @@ def register_configured(cfg) -> None:
         if len(parts) != 3 or not all(isinstance(part, str) and part for part in parts):
             raise ConfigError(f"KD.DATASETS: {entry} is not [name, json file, image folder]")
         register_coco_data(parts[0], _expand(parts[1]), _expand(parts[2]))
+    register_sem_seg_datasets(cfg)
 
 
 def register_coco_data(name: str, json_file: str, image_root: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.solver import build_lr_scheduler
+from detectron2.projects.deeplab import build_lr_scheduler  # detectron2's, and WarmupPolyLR
 from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_

@@ -1,6 +1,21 @@
 """Imitation heads; importing this package registers them."""
 
-from . import csa, cwd, d3etr, fgfi, icd, mimic, output_kd, pkd, sdf  # noqa: F401
+from . import (  # noqa: F401
+    at,
+    csa,
+    cwd,
+    d3etr,
+    fgfi,
+    icd,
+    ifvd,
+    local,
+    mimic,
+    output_kd,
+    pa,
+    pi,
+    pkd,
+    sdf,
+)
 from .base import (
     IMITATION_HEAD_REGISTRY,
     ImitationHead,

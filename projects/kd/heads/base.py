@@ -12,6 +12,7 @@ from torch import nn
 from ..adapters import align_spatial, build_adapter
 from ..context import DistillContext, ModelInfo
 from ..errors import ConfigError
+from ..levels import describe
 from ..taps import architectures_with
 
 IMITATION_HEAD_REGISTRY = Registry("IMITATION_HEAD")
@@ -88,25 +89,44 @@ class ImitationHead(nn.Module):
         """
         features = ctx.student_features[level], ctx.teacher_features[level]
         student, teacher, mask = self.align(ctx, level, *features)
-        if adapter is None or isinstance(adapter, nn.Identity):
-            return student, teacher, mask
-        if mask is not None:
-            # zeroed before a convolution looks across the border of the valid area
-            student = student.masked_fill(~mask, 0.0)
-        return adapter(student), teacher, mask
+        return adapt(student, mask, adapter), teacher, mask
 
-    def align(self, ctx: DistillContext, level: str, student: torch.Tensor, teacher: torch.Tensor):
-        """:meth:`pair` for any two maps (N, C, H, W) of a level, e.g. logits."""
-        mask = ctx.valid_mask(level) if self.mask_padding and ctx.has_padding(level) else None
-        theirs = None
-        if student.shape[-2:] != teacher.shape[-2:] and self.mask_padding:
-            theirs = ctx.teacher_valid_mask(level) if ctx.teacher_has_padding(level) else None
+    def align(
+        self, ctx: DistillContext, level: str | None, student: torch.Tensor, teacher: torch.Tensor
+    ):
+        """:meth:`pair` for any two maps (N, C, H, W) of a level, e.g. logits.
+
+        Args:
+            ctx: of the step.
+            level: whose strides the maps have; None = maps that cover the canvas.
+            student, teacher: the maps; the teacher's is resized to the student's grid, with
+                ``mask_padding`` from cells inside its images alone.
+        """
+        mask = theirs = None
+        resized = student.shape[-2:] != teacher.shape[-2:]
+        if self.mask_padding and level is None:
+            mask = ctx.canvas_mask(student.shape[-2:])
+            theirs = ctx.canvas_mask(teacher.shape[-2:]) if resized else None
+        elif self.mask_padding:
+            mask = ctx.valid_mask(level) if ctx.has_padding(level) else None
+            if resized and ctx.teacher_has_padding(level):
+                theirs = ctx.teacher_valid_mask(level)
         student = student.float()
         return student, align_spatial(teacher.detach().float(), student, theirs), mask
 
     def extra_repr(self) -> str:
         """Levels and weight in ``print(model)``."""
         return f"levels={self.levels}, weight={self.weight}, mask_padding={self.mask_padding}"
+
+
+def adapt(student: torch.Tensor, mask: torch.Tensor | None, adapter: nn.Module | None):
+    """Student features (N, C, H, W) through an adapter, if there is one."""
+    if adapter is None or isinstance(adapter, nn.Identity):
+        return student
+    if mask is not None:
+        # zeroed before a convolution looks across the border of the valid area
+        student = student.masked_fill(~mask, 0.0)
+    return adapter(student)
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
@@ -157,7 +177,9 @@ def choose_levels(
         )
     chosen = list(wanted) or paired
     if not chosen:
-        raise ConfigError(f"{key}: student and teacher share no level; set KD.LEVEL_MAP")
+        sides = (("student", student), ("teacher", teacher))
+        has = "; ".join(f"{n}: {describe(x.model.backbone.output_shape())}" for n, x in sides)
+        raise ConfigError(f"{key}: student and teacher share no level; set KD.LEVEL_MAP; {has}")
     return sorted(chosen, key=lambda level: student.shapes[level].stride)
 
 

@@ -102,7 +102,7 @@ class D3ETR(ImitationHead):
         **base: see :class:`ImitationHead`.
     """
 
-    requires = frozenset({"features", "decoder"})
+    requires = frozenset({"features", "decoded"})
 
     def __init__(
         self,
@@ -163,8 +163,8 @@ class D3ETR(ImitationHead):
 
     def forward(self, ctx: DistillContext) -> dict[str, torch.Tensor]:
         """``loss_kd_d3etr_pred``, ``_self``, ``_cross`` and ``_aux``, those with a factor."""
-        student: Decoded = ctx.student_outputs["decoder"]
-        teacher: Decoded = ctx.teacher_outputs["decoder"]
+        student: Decoded = ctx.student_outputs["decoded"]
+        teacher: Decoded = ctx.teacher_outputs["decoded"]
         layers = layer_map(len(student.logits), len(teacher.logits))
         second = self.second_group(ctx, student) if self.fixed else None
         pairs, detection = self._match(ctx, student, teacher, second, layers)

@@ -118,7 +118,7 @@ class ConditionalDETR(nn.Module):
         nn.init.constant_(self.class_embed.bias, -math.log(99))
         nn.init.zeros_(self.bbox_embed.layers[-1].weight)
         nn.init.zeros_(self.bbox_embed.layers[-1].bias)
-        self.decoded = nn.Identity()  # passes a Decoded: the place that the tap "decoder" names
+        self.decoded = nn.Identity()  # passes a Decoded: the place that the tap "decoded" names
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
@@ -259,7 +259,7 @@ def _run_decoder(model: ConditionalDETR, features, images: ImageList) -> None:
 register_taps(
     "ConditionalDETR",
     features=TapSpec("backbone"),
-    decoder=TapSpec("decoded", run=_run_decoder, with_images=True),
+    decoded=TapSpec("decoded", run=_run_decoder, with_images=True),
 )
 register_class_key("ConditionalDETR", "MODEL.CONDITIONAL_DETR.NUM_CLASSES")
 

@@ -1,10 +1,12 @@
 """Any convolutional timm model as the bottom-up part of detectron2's FPN.
 
 ``MODEL.BACKBONE.NAME: "build_timm_fpn_backbone"`` gives p2..p6 for R-CNN,
-``"build_retinanet_timm_fpn_backbone"`` p3..p7 for RetinaNet, ``"build_timm_backbone"`` the stages
-of ``MODEL.FPN.IN_FEATURES`` without a pyramid, for DETR; ``MODEL.TIMM`` names and sets up the timm
-model, ``MODEL.FPN`` the pyramid. Stages are called res2..res5 by stride (res<k> has stride 2^k), so
-they mean the same as detectron2's own. Set ``MODEL.PIXEL_MEAN``, ``PIXEL_STD`` and
+``"build_retinanet_timm_fpn_backbone"`` p3..p7 for RetinaNet; without a pyramid,
+``"build_timm_backbone"`` gives the stages of ``MODEL.FPN.IN_FEATURES`` for DETR, and
+``"build_plain_timm_backbone"`` those of ``MODEL.RESNETS.OUT_FEATURES`` for segmentation.
+``MODEL.TIMM`` names and sets up the timm model, ``MODEL.FPN`` the pyramid. Stages are called
+res2..res5 by stride (res<k> has stride 2^k), so they mean the same as detectron2's own. Set
+``MODEL.PIXEL_MEAN``, ``PIXEL_STD`` and
 ``INPUT.FORMAT: "RGB"`` to what the timm weights were trained with.
 """
 
@@ -74,7 +76,18 @@ def build_retinanet_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     return _fpn(cfg, bottom_up, LastLevelP6P7(shape.channels, cfg.MODEL.FPN.OUT_CHANNELS, name))
 
 
+@BACKBONE_REGISTRY.register()
+def build_plain_timm_backbone(cfg, input_shape: ShapeSpec) -> TimmBackbone:
+    """The stages of MODEL.RESNETS.OUT_FEATURES without FPN, as ``build_resnet_backbone`` does.
+
+    MODEL.TIMM.OUTPUT_STRIDE limits their stride, for segmentation.
+    """
+    return build_timm_backbone(cfg, input_shape, cfg.MODEL.RESNETS.OUT_FEATURES)
+
+
 def _fpn(cfg, bottom_up: TimmBackbone, top_block: nn.Module) -> FPN:
+    if cfg.MODEL.TIMM.OUTPUT_STRIDE != 32:
+        raise ConfigError("MODEL.TIMM.OUTPUT_STRIDE: an FPN needs 32")
     return FPN(
         bottom_up=bottom_up,
         in_features=list(bottom_up.output_shape()),
@@ -86,14 +99,17 @@ def _fpn(cfg, bottom_up: TimmBackbone, top_block: nn.Module) -> FPN:
 
 
 @BACKBONE_REGISTRY.register()
-def build_timm_backbone(cfg, input_shape: ShapeSpec) -> TimmBackbone:
-    """The timm model of ``cfg.MODEL.TIMM`` with the stages of MODEL.FPN.IN_FEATURES.
+def build_timm_backbone(
+    cfg, input_shape: ShapeSpec, stages: Sequence[str] | None = None
+) -> TimmBackbone:
+    """The timm model of ``cfg.MODEL.TIMM`` with some stages, by default MODEL.FPN.IN_FEATURES.
 
     Order: create, read weights, convert BatchNorm, freeze.
 
     Args:
         cfg: MODEL.TIMM, MODEL.FPN.IN_FEATURES and MODEL.WEIGHTS are read.
         input_shape: its ``channels`` are the image channels.
+        stages: names res<k>.
 
     Raises:
         ConfigError: unknown model, one without maps of the needed strides or with maps that are not
@@ -102,14 +118,18 @@ def build_timm_backbone(cfg, input_shape: ShapeSpec) -> TimmBackbone:
     node = cfg.MODEL.TIMM
     if node.NORM not in NORMS:
         raise ConfigError(f"MODEL.TIMM.NORM: '{node.NORM}' is not one of {', '.join(NORMS)}")
-    wanted = {name: _stride(name) for name in cfg.MODEL.FPN.IN_FEATURES}
+    if node.OUTPUT_STRIDE not in (8, 16, 32):
+        raise ConfigError(f"MODEL.TIMM.OUTPUT_STRIDE: {node.OUTPUT_STRIDE} is not 8, 16 or 32")
+    wanted = {name: _stride(name) for name in stages or cfg.MODEL.FPN.IN_FEATURES}
     maps = feature_maps(node.NAME, input_shape.channels)
     indices = _choose(maps, wanted, tuple(node.OUT_INDICES), node.NAME)
     model = _create(node, indices, input_shape.channels, has_detector=bool(cfg.MODEL.WEIGHTS))
     model = _convert_norm(model, node.NORM)
     _freeze(model, _frozen_parameters(maps, indices, node.FREEZE_AT))
     shapes = {
-        name: ShapeSpec(channels=maps[index].channels, stride=maps[index].stride)
+        name: ShapeSpec(
+            channels=maps[index].channels, stride=min(maps[index].stride, node.OUTPUT_STRIDE)
+        )
         for name, index in zip(wanted, indices, strict=True)
     }
     return TimmBackbone(model, shapes)
@@ -227,6 +247,8 @@ def _create(node, indices: tuple[int, ...], channels: int, has_detector: bool) -
     are out of reach are a warning and not an error: a trained detector needs them no more.
     """
     options = {"features_only": True, "out_indices": indices, "in_chans": channels}
+    if node.OUTPUT_STRIDE != 32:
+        options["output_stride"] = node.OUTPUT_STRIDE
     if node.DROP_PATH > 0:
         options["drop_path_rate"] = node.DROP_PATH
     model = _timm_model(node.NAME, **options)

@@ -1,0 +1,164 @@
+"""What a head compares: features of levels, or maps that detectors' heads compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..adapters import build_adapter
+from ..context import DistillContext, ModelInfo
+from ..errors import ConfigError
+from ..taps import architectures_with, taps_for
+from .base import ImitationHead, adapt, build_adapters, choose_levels, head_name
+
+# "features": backbone outputs by level. "dense": classification logits of a one-stage head by
+# level, (N, A * K, H, W). "sem_seg": class logits of a segmentation head before upsampling,
+# (N, K, H, W). "decoder": the input of the layer that makes those, (N, C, H, W).
+TARGETS = ("features", "dense", "decoder", "sem_seg")
+_BY_LEVEL = ("features", "dense")
+
+
+class MapImitation(ImitationHead):
+    """A head that compares pairs of maps, chosen by ``KD.<HEAD>.TARGET``.
+
+    Class attributes:
+        targets: what the head can compare.
+        by_channel: the head compares channel with channel: features get adapters, and logits need
+            the same classes on both sides.
+
+    Args:
+        target: one of ``targets``.
+        adapters: level (or "decoder") to a module that maps student channels to teacher channels.
+        dense_index: for "dense", level to the place of its logits in the student's and the
+            teacher's list.
+        **base: see :class:`ImitationHead`; ``levels`` is empty unless the target has levels.
+    """
+
+    requires: frozenset[str] = frozenset()  # of the class; an object's are those of its target
+    targets: tuple[str, ...] = TARGETS
+    by_channel: bool = False
+
+    def __init__(
+        self,
+        *,
+        target: str = "features",
+        adapters: nn.ModuleDict | None = None,
+        dense_index: dict[str, tuple[int, int]] | None = None,
+        **base,
+    ):
+        super().__init__(**base)
+        self.target = target
+        self.adapters = nn.ModuleDict() if adapters is None else adapters
+        self.dense_index = dense_index
+        self.requires = frozenset({target})
+
+    @classmethod
+    def from_config(cls, cfg, student: ModelInfo, teacher: ModelInfo) -> dict:
+        """Read TARGET, LEVELS and what is common to all heads.
+
+        Raises:
+            ConfigError: a target that the head or a detector does not have, LEVELS of a target
+                without levels, or maps that cannot be compared.
+        """
+        name = head_name(cls).upper()
+        node = cfg.KD[name]
+        key, target = f"KD.{name}.TARGET", node.TARGET
+        if target not in cls.targets:
+            raise ConfigError(f"{key}: '{target}' is not one of {', '.join(cls.targets)}")
+        for side, info in (("student", student), ("teacher", teacher)):
+            if target not in info.taps:
+                raise ConfigError(
+                    f"{key}: '{target}' is not what the {side} {info.arch} offers "
+                    f"({', '.join(sorted(info.taps))}); detectors that do: "
+                    f"{', '.join(architectures_with({target}))}"
+                )
+        if target in _BY_LEVEL:
+            levels = choose_levels(node.LEVELS or cfg.KD.LEVELS, student, teacher, cls)
+        elif node.LEVELS:
+            raise ConfigError(f"KD.{name}.LEVELS: TARGET '{target}' has no levels; set it to ()")
+        else:
+            levels = []
+        kwargs = {
+            "levels": levels,
+            "weight": node.WEIGHT,
+            "mask_padding": node.MASK_PADDING,
+            "target": target,
+            "adapters": nn.ModuleDict(),
+        }
+        if target == "dense":
+            kwargs["dense_index"] = _dense_index(levels, student, teacher, name)
+        if cls.by_channel:
+            kwargs["adapters"] = _adapters(cfg, key, target, levels, student, teacher)
+        return kwargs
+
+    def maps(self, ctx: DistillContext) -> Iterator[tuple]:
+        """Per level (once for a target without levels) what :meth:`ImitationHead.pair` gives."""
+        if self.target in _BY_LEVEL:
+            for level in self.levels:
+                read = self._features if self.target == "features" else self._logits
+                yield self._pair(ctx, level, level, *read(ctx, level))
+            return
+        student = ctx.student_outputs[self.target]
+        teacher = ctx.teacher_outputs[self.target]
+        yield self._pair(ctx, None, self.target, student, teacher)
+
+    def _pair(self, ctx, level, name, student, teacher):
+        student, teacher, mask = self.align(ctx, level, student, teacher)
+        adapter = self.adapters[name] if name in self.adapters else None
+        return adapt(student, mask, adapter), teacher, mask
+
+    @staticmethod
+    def _features(ctx: DistillContext, level: str):
+        return ctx.student_features[level], ctx.teacher_features[level]
+
+    def _logits(self, ctx: DistillContext, level: str):
+        ours, theirs = self.dense_index[level]
+        student = ctx.student_outputs["dense"][0][ours]
+        teacher = ctx.teacher_outputs["dense"][0][theirs]
+        if self.by_channel and student.shape[1] != teacher.shape[1]:
+            raise ConfigError(
+                f"KD.{head_name(type(self)).upper()}.TARGET: 'dense' compares anchors x classes "
+                f"one by one, but at {level} the student has {student.shape[1]} of them and the "
+                f"teacher {teacher.shape[1]}; use 'features'"
+            )
+        return student, teacher
+
+    def extra_repr(self) -> str:
+        """Target, levels and weight in ``print(model)``."""
+        return f"target={self.target}, {super().extra_repr()}"
+
+
+def channels_of(info: ModelInfo, target: str) -> int:
+    """Channels of a target without levels, as the detector's tap says."""
+    return taps_for(info.model)[target].channels(info.model)
+
+
+def _adapters(cfg, key, target, levels, student, teacher) -> nn.ModuleDict:
+    if target == "features":
+        return build_adapters(cfg.KD.ADAPTER.TYPE, levels, student, teacher)
+    if target == "dense":
+        return nn.ModuleDict()  # the number of anchors is seen in the first step
+    ours, theirs = (channels_of(info, target) for info in (student, teacher))
+    if target == "decoder":
+        return nn.ModuleDict({target: build_adapter(cfg.KD.ADAPTER.TYPE, ours, theirs)})
+    if ours != theirs:
+        raise ConfigError(
+            f"{key}: '{target}' compares classes one by one, but the student has {ours} and the "
+            f"teacher {theirs}; use 'features' or 'decoder'"
+        )
+    return nn.ModuleDict()
+
+
+def _dense_index(levels, student, teacher, name) -> dict[str, tuple[int, int]]:
+    """Level to the places of its logits, found by stride on the teacher's side."""
+    ours = list(student.model.head_in_features)
+    shapes = teacher.model.backbone.output_shape()
+    theirs = [shapes[level].stride for level in teacher.model.head_in_features]
+    missing = [x for x in levels if x not in ours or teacher.shapes[x].stride not in theirs]
+    if missing:
+        raise ConfigError(
+            f"KD.{name}.LEVELS (or KD.LEVELS): both one-stage heads must read "
+            f"{', '.join(missing)} for KD.{name}.TARGET 'dense'"
+        )
+    return {x: (ours.index(x), theirs.index(teacher.shapes[x].stride)) for x in levels}
