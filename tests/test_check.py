@@ -92,6 +92,13 @@ def test_refusals(cfg, key, value, message):
     refused(cfg, message)
 
 
+def test_two_kinds_of_crops_are_refused(cfg):
+    cfg.INPUT.DETR_AUGMENTATION = True
+    check_config(cfg)
+    cfg.INPUT.CROP.ENABLED = cfg.INPUT.CROP.AFTER_RESIZE = True
+    refused(cfg, r"^INPUT\.CROP\.AFTER_RESIZE: INPUT\.DETR_AUGMENTATION has its own crop")
+
+
 def test_end_before_start(cfg):
     cfg.KD.START_ITER = 10
     cfg.KD.END_ITER = 5

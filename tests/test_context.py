@@ -97,3 +97,18 @@ def test_a_teachers_own_strides_and_sizes_come_first():
     ctx.teacher_features = {"p3": torch.zeros(1, 1, 4, 8)}
     ctx.teacher_strides, ctx.teacher_image_sizes = {"p3": 16}, [(33, 80)]
     assert ctx.teacher_valid_mask("p3")[0, 0].sum() == 3 * 5
+
+
+def test_mask_of_a_map_over_the_canvas_equals_a_loop():
+    sizes, canvas = [(20, 64), (32, 33)], (32, 64)
+    ctx = make_context(sizes, canvas, {"p3": 8})
+    for rows, columns in ((32, 64), (8, 16), (4, 8), (5, 7)):
+        mask = ctx.canvas_mask((rows, columns))
+        assert mask.shape == (2, 1, rows, columns)
+        for image, (height, width) in enumerate(sizes):
+            for row in range(rows):
+                for column in range(columns):
+                    inside = row * 32 / rows < height and column * 64 / columns < width
+                    assert mask[image, 0, row, column] == inside
+    assert torch.equal(ctx.canvas_mask((4, 8)), ctx.valid_mask("p3"))
+    assert make_context([canvas], canvas, {"p3": 8}).canvas_mask((4, 8)) is None

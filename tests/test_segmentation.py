@@ -192,7 +192,7 @@ def test_other_output_strides_and_networks(teachers, pair, target):
     student, teacher = pair
     overrides = {"MODEL__FPN__OUT_CHANNELS": 16}
     if teacher == "fpn" and student == "pspnet":
-        with pytest.raises(ConfigError, match="KD.TEACHER.CONFIG_FILE.*pads to multiples of 32"):
+        with pytest.raises(ConfigError, match="KD.TEACHER.CONFIG_FILE.*needs multiples of 32"):
             kd_models.build_wrapper(
                 student_cfg(teachers(teacher), "CWD", {"TARGET": target}, student)
             )
@@ -202,6 +202,27 @@ def test_other_output_strides_and_networks(teachers, pair, target):
     losses = kd_models.losses_at(model, label_batch())
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize(("head", "node"), [PAIRS[1], PAIRS[-1]], ids=lambda x: str(x))
+def test_a_teacher_of_double_resolution(teachers, head, node):
+    """Its cells in the padding take no part where the map is brought to the student's grid."""
+    node = {**node, "MASK_PADDING": True}
+    cfg = student_cfg(teachers("fpn"), head, node, "fpn", KD__TEACHER__INPUT_SCALE=2.0)
+    model = kd_models.build_wrapper(cfg)
+    batch = label_batch()
+    for item in batch:  # two rows less: a cell of stride 4 is half inside
+        item["image"], item["sem_seg"] = item["image"][:, :-2], item["sem_seg"][:-2]
+        item["image_teacher"] = item["image"].repeat_interleave(2, 1).repeat_interleave(2, 2)
+    ctx, _ = observed(model, batch)
+    name = node["TARGET"]
+    theirs = ctx.teacher_outputs[name]
+    assert theirs.shape[2] == 2 * ctx.student_outputs[name].shape[2]
+    expected = model.heads[head](ctx)
+    ctx.teacher_outputs[name] = theirs.masked_fill(~ctx.canvas_mask(theirs.shape[2:]), 1e4)
+    for key, loss in model.heads[head](ctx).items():
+        assert loss.isfinite() and loss > 0
+        torch.testing.assert_close(loss, expected[key])
 
 
 def test_features_of_dilated_backbones_are_paired_by_name(teachers):

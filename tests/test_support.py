@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from kd_detectors import detector_cfg
+from segmentation import segmentor_cfg
 
 from projects.kd.errors import ConfigError
 from projects.kd.support import BEGIN, END, between_markers, feature_heads, verdicts
@@ -34,14 +35,16 @@ def test_the_readme_is_current():
         ("Faster R-CNN", {"features"}),
         ("Cascade Mask R-CNN", {"features", "masks"}),
         ("Keypoint R-CNN", {"features", "keypoints"}),
+        ("Panoptic FPN", {"features", "masks", "sem_seg", "decoder"}),
+        ("PSPNet", {"features", "sem_seg", "decoder"}),
     ],
 )
 def test_what_cwd_compares(name, works):
-    cfg = detector_cfg(name)
+    cfg = segmentor_cfg() if name == "PSPNet" else detector_cfg(name)
     found = verdicts(cfg, cfg)["CWD"]
-    ours = {"features", "dense", "masks", "keypoints"}
-    assert {target for target in ours if not found[target]} == works
-    for target in ours - works:
+    assert set(found) == {"features", "dense", "masks", "keypoints", "sem_seg", "decoder"}
+    assert {target for target in found if not found[target]} == works
+    for target in set(found) - works:
         assert found[target].startswith("KD.CWD.TARGET"), "the refusal names the key"
 
 

@@ -130,7 +130,7 @@ class Step(nn.Module):
         own = decoded(self.detector, features[LEVEL], *canvas)
         with torch.no_grad():
             other = decoded(self.teacher.model, ctx.teacher_features[LEVEL], *canvas)
-        ctx.student_outputs["decoder"], ctx.teacher_outputs["decoder"] = own, other
+        ctx.student_outputs["decoded"], ctx.teacher_outputs["decoded"] = own, other
         ctx.student, ctx.teacher = self.detector, self.teacher
         detr_targets(ctx)
         return (own.logits.square().sum() + own.boxes.square().sum()) / TASK_NORMALISER

@@ -149,9 +149,9 @@ def test_feature_heads_work_on_the_encoded_level(teacher, head):
 def test_what_makes_no_sense_is_refused_with_the_reason(teacher, tmp_path):
     with pytest.raises(ConfigError, match="KD.FGFI.ANCHOR_SIZES: ConditionalDETR has no anchors"):
         wrapper(teacher, ("FGFI",))
-    with pytest.raises(ConfigError, match="KD.CWD.TARGET: 'dense' needs a one-stage student"):
+    with pytest.raises(ConfigError, match="KD.CWD.TARGET: 'dense' is not what the student"):
         wrapper(teacher, ("CWD",), KD__CWD__TARGET="dense")
-    with pytest.raises(ConfigError, match="D3ETR needs decoder and the student RetinaNet"):
+    with pytest.raises(ConfigError, match="D3ETR needs decoded and the student RetinaNet"):
         wrapper(write_teacher(tmp_path), arch="RetinaNet")
-    with pytest.raises(ConfigError, match="D3ETR needs decoder and the teacher RetinaNet"):
+    with pytest.raises(ConfigError, match="D3ETR needs decoded and the teacher RetinaNet"):
         wrapper(write_teacher(tmp_path), KD__LEVEL_MAP=[["res4", "p4"]])
