@@ -10,5 +10,6 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _heard_by_caplog():
-    """A run in the same process turns propagation of this project's log off, as detectron2 does."""
-    logging.getLogger("projects").propagate = True
+    """A run in the same process turns propagation of these logs off, as detectron2 does."""
+    for name in ("projects", "detectron2", "fvcore"):
+        logging.getLogger(name).propagate = True
