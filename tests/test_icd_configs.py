@@ -1,4 +1,4 @@
-"""The COCO configs of ICD say what the released configs and the dossier of the method say."""
+"""The COCO configs of ICD say what the released configs say."""
 
 from __future__ import annotations
 
