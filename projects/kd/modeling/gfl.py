@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes
 from detectron2.structures.boxes import matched_pairwise_iou
@@ -26,6 +23,7 @@ from ..functional.gfl import (
 )
 from ..heads.base import mean_over_ranks
 from ..taps import register_class_key
+from .square_anchors import SquareAnchorDetector, points_of, square_anchors
 
 ANCHOR_SCALE = 8.0  # side of the one square anchor a location, in strides (ATSS)
 
@@ -84,18 +82,12 @@ class IntegralBoxes:
 
     def apply_deltas(self, bins: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
         """(R, 4 * (n + 1)) logits at (R, 4) anchors to (R, 4) boxes."""
-        centres, strides = points_of(anchors)
+        centres, strides = points_of(anchors, ANCHOR_SCALE)
         return sides_to_boxes(centres, integral(bins.float()) * strides[:, None])
 
 
-def points_of(anchors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(R, 2) centres and (R,) strides of anchors of ANCHOR_SCALE strides."""
-    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
-    return centres, (anchors[:, 2] - anchors[:, 0]) / ANCHOR_SCALE
-
-
 @META_ARCH_REGISTRY.register()
-class GFL(DenseDetector):
+class GFL(SquareAnchorDetector):
     """Generalised focal loss (Li et al., NeurIPS 2020) with ATSS assignment.
 
     Losses: quality focal loss over all locations / number of positives; GIoU and distribution
@@ -107,6 +99,7 @@ class GFL(DenseDetector):
         topk_assign: see :func:`~projects.kd.functional.atss.atss_assign`.
         beta: exponent of the quality focal loss.
         giou_weight, dfl_weight: of the box losses.
+        **inference: of :class:`SquareAnchorDetector`, and the pixel statistics.
         others: as in detectron2's RetinaNet.
     """
 
@@ -123,27 +116,19 @@ class GFL(DenseDetector):
         beta: float = 2.0,
         giou_weight: float = 2.0,
         dfl_weight: float = 0.25,
-        test_score_thresh: float = 0.05,
-        test_topk_candidates: int = 1000,
-        test_nms_thresh: float = 0.6,
-        max_detections_per_image: int = 100,
-        pixel_mean,
-        pixel_std,
+        **inference,
     ):
         super().__init__(
-            backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
+            *(backbone, head, head_in_features),
+            anchor_generator=anchor_generator,
+            box2box_transform=IntegralBoxes(),
+            num_classes=num_classes,
+            **inference,
         )
-        self.anchor_generator = anchor_generator
-        self.box2box_transform = IntegralBoxes()
-        self.num_classes = num_classes
         self.topk_assign = topk_assign
         self.beta = beta
         self.giou_weight = giou_weight
         self.dfl_weight = dfl_weight
-        self.test_score_thresh = test_score_thresh
-        self.test_topk_candidates = test_topk_candidates
-        self.test_nms_thresh = test_nms_thresh
-        self.max_detections_per_image = max_detections_per_image
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -164,11 +149,8 @@ class GFL(DenseDetector):
             "backbone": backbone,
             "head": head,
             "head_in_features": list(node.IN_FEATURES),
-            "anchor_generator": DefaultAnchorGenerator(
-                sizes=[[ANCHOR_SCALE * stride] for stride in strides],
-                aspect_ratios=[[1.0]],
-                strides=strides,
-                offset=cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
+            "anchor_generator": square_anchors(
+                strides, ANCHOR_SCALE, cfg.MODEL.ANCHOR_GENERATOR.OFFSET
             ),
             "num_classes": node.NUM_CLASSES,
             "topk_assign": node.TOPK_ASSIGN,
@@ -232,7 +214,7 @@ class GFL(DenseDetector):
         quality = logits.new_zeros(len(logits))
         quality[where] = matched_pairwise_iou(Boxes(predicted.detach()), Boxes(truth)).to(quality)
         weight = logits.detach()[where].sigmoid().amax(1) if len(where) else quality[:0]
-        centres, strides = points_of(near)
+        centres, strides = points_of(near, ANCHOR_SCALE)
         sides = boxes_to_sides(centres, truth) / strides[:, None]
         dfl = distribution_focal_loss(found.view(-1, self.reg_max + 1), sides.flatten())
         positives, total = mean_over_ranks(
@@ -255,22 +237,7 @@ class GFL(DenseDetector):
         logits, bins = self._transpose_dense_predictions(
             predictions, [self.num_classes, 4 * (self.reg_max + 1)]
         )
-        anchors = self.anchor_generator(features)
-        results = []
-        for image, size in enumerate(images.image_sizes):
-            found = self._decode_multi_level_predictions(
-                anchors,
-                [x[image].sigmoid() for x in logits],
-                [x[image] for x in bins],
-                self.test_score_thresh,
-                self.test_topk_candidates,
-                size,
-            )
-            keep = batched_nms(
-                found.pred_boxes.tensor, found.scores, found.pred_classes, self.test_nms_thresh
-            )
-            results.append(found[keep[: self.max_detections_per_image]])
-        return results
+        return self.detect(images, features, logits, bins)
 
 
 register_class_key("GFL", "MODEL.GFL.NUM_CLASSES")

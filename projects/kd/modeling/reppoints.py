@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, pairwise_iou
 from detectron2.utils.events import get_event_storage
 from fvcore.nn import sigmoid_focal_loss_jit, smooth_l1_loss
@@ -18,7 +15,8 @@ from ..errors import ConfigError
 from ..functional.reppoints import assign_by_iou, nearest_point
 from ..heads.base import mean_over_ranks
 from ..taps import register_class_key
-from .reppoints_head import PointBoxes, RepPointsHead, points_of
+from .reppoints_head import PointBoxes, RepPointsHead
+from .square_anchors import SquareAnchorDetector, points_of, square_anchors
 
 BASE_SCALE = 4.0  # strides: side of a location's box, and where the sizes of a level start
 SMOOTH_L1_BETA = 0.11
@@ -52,7 +50,7 @@ def add_reppoints_config(cfg) -> None:
 
 
 @META_ARCH_REGISTRY.register()
-class RepPoints(DenseDetector):
+class RepPoints(SquareAnchorDetector):
     """RepPoints (Yang et al., ICCV 2019), points starting from the centre of a location.
 
     Losses: smooth L1 of the first boxes (at each object's nearest location) and of the refined
@@ -67,6 +65,7 @@ class RepPoints(DenseDetector):
             used here; imitation masks (FGFI) take it as the location's box.
         iou_thresholds: see :func:`~projects.kd.functional.reppoints.assign_by_iou`.
         init_weight, refine_weight: of the box losses.
+        **inference: of :class:`SquareAnchorDetector`, and the pixel statistics.
         others: as in detectron2's RetinaNet.
     """
 
@@ -77,36 +76,19 @@ class RepPoints(DenseDetector):
         backbone,
         head,
         head_in_features,
-        anchor_generator,
-        box2box_transform,
-        num_classes: int,
         iou_thresholds=(0.4, 0.5),
         init_weight: float = 0.5,
         refine_weight: float = 1.0,
         focal_loss_alpha: float = 0.25,
         focal_loss_gamma: float = 2.0,
-        test_score_thresh: float = 0.05,
-        test_topk_candidates: int = 1000,
-        test_nms_thresh: float = 0.5,
-        max_detections_per_image: int = 100,
-        pixel_mean,
-        pixel_std,
+        **inference,
     ):
-        super().__init__(
-            backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
-        )
-        self.anchor_generator = anchor_generator
-        self.box2box_transform = box2box_transform
-        self.num_classes = num_classes
+        super().__init__(*(backbone, head, head_in_features), **inference)
         self.iou_thresholds = tuple(iou_thresholds)
         self.init_weight = init_weight
         self.refine_weight = refine_weight
         self.focal_loss_alpha = focal_loss_alpha
         self.focal_loss_gamma = focal_loss_gamma
-        self.test_score_thresh = test_score_thresh
-        self.test_topk_candidates = test_topk_candidates
-        self.test_nms_thresh = test_nms_thresh
-        self.max_detections_per_image = max_detections_per_image
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -132,11 +114,8 @@ class RepPoints(DenseDetector):
             "backbone": backbone,
             "head": head,
             "head_in_features": list(node.IN_FEATURES),
-            "anchor_generator": DefaultAnchorGenerator(
-                sizes=[[BASE_SCALE * stride] for stride in strides],
-                aspect_ratios=[[1.0]],
-                strides=strides,
-                offset=cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
+            "anchor_generator": square_anchors(
+                strides, BASE_SCALE, cfg.MODEL.ANCHOR_GENERATOR.OFFSET
             ),
             "box2box_transform": PointBoxes(node.TRANSFORM, BASE_SCALE),
             "num_classes": node.NUM_CLASSES,
@@ -220,22 +199,7 @@ class RepPoints(DenseDetector):
         logits, refined = self._transpose_dense_predictions(
             [predictions[0], predictions[2]], [self.num_classes, points]
         )
-        anchors = self.anchor_generator(features)
-        results = []
-        for image, size in enumerate(images.image_sizes):
-            found = self._decode_multi_level_predictions(
-                anchors,
-                [x[image].sigmoid() for x in logits],
-                [x[image] for x in refined],
-                self.test_score_thresh,
-                self.test_topk_candidates,
-                size,
-            )
-            keep = batched_nms(
-                found.pred_boxes.tensor, found.scores, found.pred_classes, self.test_nms_thresh
-            )
-            results.append(found[keep[: self.max_detections_per_image]])
-        return results
+        return self.detect(images, features, logits, refined)
 
 
 register_class_key("RepPoints", "MODEL.REPPOINTS.NUM_CLASSES")

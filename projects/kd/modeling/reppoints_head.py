@@ -11,6 +11,7 @@ from torchvision.ops import DeformConv2d
 
 from ..errors import ConfigError
 from ..functional.reppoints import minmax_boxes, moment_boxes
+from .square_anchors import points_of
 
 TRANSFORMS = ("moment", "minmax")
 
@@ -118,12 +119,6 @@ class PointBoxes(nn.Module):
             boxes = minmax_boxes(points)
         centres, strides = points_of(anchors, self.scale)
         return boxes * strides[:, None] + centres.repeat(1, 2)
-
-
-def points_of(anchors: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(R, 2) centres XY and (R,) strides of square anchors of ``scale`` strides."""
-    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
-    return centres, (anchors[:, 2] - anchors[:, 0]) / scale
 
 
 def _tower(channels: int, number: int, norm: str) -> nn.Sequential:
