@@ -190,7 +190,7 @@ class DistillMetaArch(nn.Module):
             teacher_outputs=teacher,
             strides=self._strides,
             teacher_scale=self.teacher_scale,
-            teacher_image_sizes=[tuple(x.shape[-2:]) for x in self.teacher_images(batch)],
+            teacher_image_sizes=[scaled_size(size, self.teacher_scale) for size in sizes],
             teacher_strides=self._teacher_strides,
             batch=batch,
             student=self.student,

@@ -131,6 +131,13 @@ class Predictor:
         """K."""
         raise NotImplementedError
 
+    def other_family(self, teacher: Predictor, key: str) -> ConfigError:
+        """The error of :meth:`match` for a teacher that predicts different things."""
+        return ConfigError(
+            f"{key}: a {self.name} student and a {teacher.name} teacher predict different "
+            "things; use a teacher of the same family"
+        )
+
     def check_student(self) -> None:
         """Raise ConfigError for settings with which predictions cannot be compared."""
 

@@ -8,7 +8,6 @@ import torch
 from detectron2.utils.events import get_event_storage
 
 from ..errors import ConfigError
-from .base import call_constant
 from .dense import DensePredictions, flatten_cells, match_anchors
 from .retinanet import RetinaNetPredictor, normaliser_at_rest
 
@@ -29,29 +28,17 @@ class FCOSPredictor(RetinaNetPredictor):
     """Class logits and distances to the sides of a box, at every location."""
 
     name = "FCOS"
+    outputs = PointPredictions
 
     def match(self, teacher, scale, key):
         """See :func:`match_anchors`; a location counts as an anchor of one stride."""
         if not isinstance(teacher, FCOSPredictor):
-            raise ConfigError(
-                f"{key}: a {self.name} student and a {teacher.name} teacher predict different "
-                "things; use a teacher of the same family"
-            )
+            raise self.other_family(teacher, key)
         ours, theirs = (x.model.box2box_transform.normalize_by_size for x in (self, teacher))
         if ours != theirs:
             raise ConfigError(f"{key}: student and teacher regress boxes in other units")
         generators = self.model.anchor_generator, teacher.model.anchor_generator
         return match_anchors(*generators, self.levels, scale, key)
-
-    def student(self, ctx):
-        """From the ``dense`` tap."""
-        return PointPredictions.of(ctx.student_outputs["dense"])
-
-    def predict(self, features, assigned, *, scale=1.0, constant=True):
-        """The head on all levels."""
-        del assigned, scale
-        maps = [features[level] for level in self.levels]
-        return PointPredictions.of(call_constant(self.model.head, maps, constant=constant))
 
     def losses(self, predictions, assigned):
         """``loss_fcos_cls``, ``_loc`` and ``_ctr``, by the student's current normaliser."""

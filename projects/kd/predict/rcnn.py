@@ -96,10 +96,7 @@ class RCNNPredictor(Predictor):
     def match(self, teacher, scale, key):
         """Anchors of the proposal networks; levels without a match take no part."""
         if not isinstance(teacher, RCNNPredictor):
-            raise ConfigError(
-                f"{key}: a {self.name} student and a {teacher.name} teacher predict different "
-                "things; use a teacher of the same family"
-            )
+            raise self.other_family(teacher, key)
         teacher.check_student()
         ours, theirs = (x.model.roi_heads.box_predictor for x in (self, teacher))
         check_transforms(ours.box2box_transform, theirs.box2box_transform, key)

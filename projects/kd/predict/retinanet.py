@@ -10,7 +10,6 @@ from detectron2.structures import Boxes, ImageList
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ..errors import ConfigError
 from .base import Pairs, Predictor, call_constant
 from .dense import (
     DensePredictions,
@@ -37,6 +36,7 @@ class RetinaNetPredictor(Predictor):
 
     name = "RetinaNet"
     taps = frozenset({"dense"})
+    outputs = DensePredictions
 
     @property
     def levels(self):
@@ -51,10 +51,7 @@ class RetinaNetPredictor(Predictor):
     def match(self, teacher, scale, key):
         """See :func:`match_anchors`."""
         if type(teacher) is not RetinaNetPredictor:
-            raise ConfigError(
-                f"{key}: a {self.name} student and a {teacher.name} teacher predict different "
-                "things; use a teacher of the same family"
-            )
+            raise self.other_family(teacher, key)
         check_transforms(self.model.box2box_transform, teacher.model.box2box_transform, key)
         generators = self.model.anchor_generator, teacher.model.anchor_generator
         return match_anchors(*generators, self.levels, scale, key)
@@ -67,13 +64,13 @@ class RetinaNetPredictor(Predictor):
 
     def student(self, ctx):
         """From the ``dense`` tap."""
-        return DensePredictions.of(ctx.student_outputs["dense"])
+        return self.outputs.of(ctx.student_outputs["dense"])
 
     def predict(self, features, assigned, *, scale=1.0, constant=True):
         """The head on all levels."""
         del assigned, scale
         maps = [features[level] for level in self.levels]
-        return DensePredictions.of(call_constant(self.model.head, maps, constant=constant))
+        return self.outputs.of(call_constant(self.model.head, maps, constant=constant))
 
     def losses(self, predictions, assigned):
         """``loss_cls`` and ``loss_box_reg``, divided by the student's current normaliser."""
