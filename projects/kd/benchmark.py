@@ -12,7 +12,7 @@ from .distiller import build_training_model
 from .engine.optim import build_optimizations
 from .levels import scaled_size
 from .measure import random_batch, settle_norms
-from .taps import class_key, offers
+from .taps import configured_classes, offers
 
 
 class Bench:
@@ -52,10 +52,8 @@ class Bench:
         return ImageList.from_tensors(images, detector.backbone.size_divisibility).tensor
 
     def _classes(self) -> int:
-        value = self.cfg
-        for part in (class_key(self.cfg.MODEL.META_ARCHITECTURE) or "").split("."):
-            value = value[part] if part else 1
-        return value
+        number = configured_classes(self.cfg, self.cfg.MODEL.META_ARCHITECTURE)
+        return 1 if number is None else number
 
     def autocast(self):
         """The precision of SOLVER.AMP."""

@@ -14,7 +14,7 @@ from .files import resolve_config
 from .heads.base import head_class
 from .levels import check_input_scale
 from .schedule import build_ramp
-from .taps import class_key, class_names_of
+from .taps import class_key, class_names_of, configured_classes
 from .teacher import DTYPES
 from .tiles import check_tiles
 from .visdrone_eval import READINGS
@@ -105,15 +105,15 @@ def _check_files(key: str, dataset: str) -> None:
 
 
 def _check_classes(cfg, dataset: str) -> None:
-    key = class_key(cfg.MODEL.META_ARCHITECTURE)
-    names = MetadataCatalog.get(dataset).get(class_names_of(cfg.MODEL.META_ARCHITECTURE), ())
-    if key is None or not names:
+    arch = cfg.MODEL.META_ARCHITECTURE
+    names = MetadataCatalog.get(dataset).get(class_names_of(arch), ())
+    value = configured_classes(cfg, arch)
+    if value is None or not names:
         return
-    value = cfg
-    for part in key.split("."):
-        value = value[part]
     if value != len(names):
-        raise ConfigError(f"{key} is {value}, but data set '{dataset}' has {len(names)} classes")
+        raise ConfigError(
+            f"{class_key(arch)} is {value}, but data set '{dataset}' has {len(names)} classes"
+        )
 
 
 def _check_solver(cfg) -> None:

@@ -212,6 +212,25 @@ def class_key(arch: str) -> str | None:
     return _CLASS_KEYS.get(arch, (None, ""))[0]
 
 
+def configured_classes(cfg, arch: str | type) -> int | None:
+    """The number of classes that a config gives a meta-arch, by its registered key.
+
+    Args:
+        cfg: the config of the detector.
+        arch: the name in the registry, or the class, whose bases are asked as well.
+
+    Returns:
+        None where :func:`register_class_key` was not called for it.
+    """
+    names = [arch] if isinstance(arch, str) else [base.__name__ for base in arch.__mro__]
+    key = next((class_key(name) for name in names if class_key(name) is not None), None)
+    if key is None:
+        return None
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
 def class_names_of(arch: str) -> str:
     """The metadata given to :func:`register_class_key`; "thing_classes" without a call."""
     return _CLASS_KEYS.get(arch, (None, "thing_classes"))[1]

@@ -183,6 +183,27 @@ def choose_levels(
     return sorted(chosen, key=lambda level: student.shapes[level].stride)
 
 
+def common_width(side: str, info: ModelInfo, levels: Sequence[str], why: str) -> int:
+    """Channels that all levels of a side have.
+
+    Args:
+        side: "student" or "teacher", for the message.
+        info: of that side.
+        levels: those in question.
+        why: the config key, and what needs equal widths.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    widths = {level: info.shapes[level].channels for level in levels}
+    if len(set(widths.values())) != 1:
+        raise ConfigError(
+            f"{why}, but the {side}'s differ in width: "
+            + ", ".join(f"{level} {width}" for level, width in widths.items())
+        )
+    return next(iter(widths.values()))
+
+
 def build_adapters(
     kind: str,
     levels: Sequence[str],

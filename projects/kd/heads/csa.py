@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..functional.csa import default_rates
 from ..predict import predictor_for
 from ..predict.base import step_precision
-from .base import IMITATION_HEAD_REGISTRY, ImitationHead
+from .base import IMITATION_HEAD_REGISTRY, ImitationHead, common_width
 from .csa_attention import CrossScaleAttention
 from .output_kd import PredictionWeights, add_prediction_keys, cell_masks, prediction_losses
 
@@ -120,9 +120,10 @@ class CSA(ImitationHead):
         strides = {level: student.shapes[level].stride for level in levels}
         rates = read_rates(node.RATES, strides, scale)
         _check_node(node, rates)
+        why = "KD.CSA.LEVELS: one attention serves all levels"
         attention = CrossScaleAttention(
-            student_channels=_width("student", student, levels),
-            teacher_channels=_width("teacher", teacher, levels),
+            student_channels=common_width("student", student, levels, why),
+            teacher_channels=common_width("teacher", teacher, levels, why),
             rates=rates,
             dim=node.DIM,
             heads=node.HEADS,
@@ -226,13 +227,3 @@ def _check_node(node, rates: Mapping[str, tuple[int, ...]]) -> None:
         raise ConfigError(f"KD.CSA.DIM is {node.DIM}, it must be a multiple of {what} = {unit}")
     if node.IDLE_ITERS < 0:
         raise ConfigError(f"KD.CSA.IDLE_ITERS is {node.IDLE_ITERS}, it must not be negative")
-
-
-def _width(side: str, info, levels) -> int:
-    widths = {level: info.shapes[level].channels for level in levels}
-    if len(set(widths.values())) != 1:
-        raise ConfigError(
-            f"KD.CSA.LEVELS: one attention serves all levels, but the {side}'s differ in width: "
-            + ", ".join(f"{level} {width}" for level, width in widths.items())
-        )
-    return next(iter(widths.values()))

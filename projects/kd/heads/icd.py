@@ -21,8 +21,8 @@ from ..functional.icd import (
     summed_attention,
     value_distance,
 )
-from ..taps import class_key
-from .base import IMITATION_HEAD_REGISTRY, ImitationHead
+from ..taps import configured_classes
+from .base import IMITATION_HEAD_REGISTRY, ImitationHead, common_width
 from .fgfi import FGFI, student_anchors
 from .icd_decoder import Cells, InstanceDecoder, Read, project
 from .icd_queries import Queries, draw_queries
@@ -144,16 +144,17 @@ class ICD(ImitationHead):
         kwargs = super().from_config(cfg, student, teacher)
         levels = kwargs["levels"]
         num_classes = _num_classes(cfg, student)
+        why = "KD.ICD.LEVELS: ICD projects all levels alike"
         kwargs.update(
             decoder=InstanceDecoder(
                 num_classes=num_classes,
-                channels=_width("teacher", teacher, levels),
+                channels=common_width("teacher", teacher, levels, why),
                 dim=node.DIM,
                 heads=node.HEADS,
                 layers=node.LAYERS,
                 ffn_dim=node.FFN_DIM,
             ),
-            student_channels=_width("student", student, levels),
+            student_channels=common_width("student", student, levels, why),
             priors=_priors(cfg, num_classes),
             jitter=node.JITTER,
             negatives=node.NEGATIVES_PER_BOX,
@@ -284,13 +285,9 @@ def _check_node(node) -> None:
 
 def _num_classes(cfg, student: ModelInfo) -> int:
     """The student's number of classes, from its config key or the data set's class names."""
-    for base in type(student.model).__mro__:
-        key = class_key(base.__name__)
-        if key is not None:
-            value = cfg
-            for part in key.split("."):
-                value = value[part]
-            return value
+    number = configured_classes(cfg, type(student.model))
+    if number is not None:
+        return number
     for name in cfg.DATASETS.TRAIN:
         classes = MetadataCatalog.get(name).get("thing_classes", ())
         if classes:
@@ -306,16 +303,6 @@ def _priors(cfg, num_classes: int) -> BoxPriors:
     if cfg.KD.ICD.PRIORS == "uniform" or cfg.MODEL.DEVICE == "meta":
         return uniform_priors(num_classes)
     return dataset_priors(cfg.DATASETS.TRAIN, num_classes)
-
-
-def _width(side: str, info: ModelInfo, levels) -> int:
-    widths = {level: info.shapes[level].channels for level in levels}
-    if len(set(widths.values())) != 1:
-        raise ConfigError(
-            f"KD.ICD.LEVELS: ICD projects all levels alike, but the {side}'s differ in width: "
-            + ", ".join(f"{level} {width}" for level, width in widths.items())
-        )
-    return next(iter(widths.values()))
 
 
 def fgfi_mask(cfg, student: ModelInfo, levels: Sequence[str], mask_padding: bool) -> FGFI:

@@ -8,7 +8,7 @@ from ..config import head_node, register_config
 from ..context import DistillContext, ModelInfo
 from ..errors import ConfigError
 from ..functional.ifvd import box_labels, ifvd_loss, resize_labels
-from ..taps import class_key
+from ..taps import configured_classes
 from .base import IMITATION_HEAD_REGISTRY
 from .targets import MapImitation
 
@@ -90,13 +90,9 @@ class IFVD(MapImitation):
 
 
 def _box_classes(cfg, student: ModelInfo) -> int:
-    for base in type(student.model).__mro__:
-        key = class_key(base.__name__)
-        if key is not None:
-            value = cfg
-            for part in key.split("."):
-                value = value[part]
-            return value
+    number = configured_classes(cfg, type(student.model))
+    if number is not None:
+        return number
     raise ConfigError(
         f"KD.IFVD.LABELS: the number of classes of {student.arch} is not known; "
         "call register_class_key beside the meta-arch"
