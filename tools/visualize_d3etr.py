@@ -43,6 +43,7 @@ from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
 from projects.kd.functional.set_prediction import cxcywh_to_xyxy  # noqa: E402
 from projects.kd.inherit import inherit  # noqa: E402
 from projects.kd.levels import canvas_size  # noqa: E402
+from projects.kd.pictures import write_picture  # noqa: E402
 from projects.kd.weights import load_detector  # noqa: E402
 
 COLOURS = plt.get_cmap("tab10").colors
@@ -136,16 +137,7 @@ def draw_image(path: str, image, teacher, before, after, chosen, tables) -> None
             ax.set_title(f"query {query} ({score:.2f}): {name}", fontsize=7)
     for ax in grid.flat:
         ax.axis("off")
-    save(figure, path)
-
-
-def save(figure, path: str) -> None:
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    try:
-        figure.savefig(path, dpi=130, bbox_inches="tight")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--output: {path} cannot be written: {error}") from error
-    plt.close(figure)
+    write_picture(figure, path, dpi=130, bbox_inches="tight")
 
 
 def changes(cfg, model, dataset: str, checkpoints: list[str], images: int) -> torch.Tensor:
@@ -176,7 +168,7 @@ def draw_stability(path: str, shares: torch.Tensor, names: list[str]) -> None:
     axes.set_ylabel("share of pairs that change")
     axes.set_ylim(-0.03, 1.03)
     axes.legend(fontsize=7)
-    save(figure, path)
+    write_picture(figure, path, dpi=130, bbox_inches="tight")
 
 
 def main(argv=None) -> None:

@@ -48,6 +48,7 @@ from projects.kd.functional.icd import (  # noqa: E402
 from projects.kd.heads.icd import fgfi_mask  # noqa: E402
 from projects.kd.heads.icd_decoder import project  # noqa: E402
 from projects.kd.inherit import inherit  # noqa: E402
+from projects.kd.pictures import write_picture  # noqa: E402
 from projects.kd.weights import load_detector, read_torch_file  # noqa: E402
 
 
@@ -196,12 +197,7 @@ def draw(path: str, image, objects, names, chosen, strides, mask, attention, dis
     figure.colorbar(heat, ax=grid[-len(distances) :].ravel().tolist(), shrink=0.7, aspect=30)
     for ax in grid.flat:
         ax.axis("off")
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    try:
-        figure.savefig(path, dpi=130, bbox_inches="tight")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--output: {path} cannot be written: {error}") from error
-    plt.close(figure)
+    write_picture(figure, path, dpi=130, bbox_inches="tight")
 
 
 def main(argv=None) -> None:

@@ -18,6 +18,8 @@ from detectron2.structures import BoxMode  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 from pycocotools import mask as mask_util  # noqa: E402
 
+from .errors import ConfigError  # noqa: E402
+
 _COLOURS = plt.get_cmap("tab10").colors
 
 
@@ -211,6 +213,26 @@ def _draw(axes, image: np.ndarray, boxes, names: Sequence[str]) -> None:
         text = names[label] if score is None else f"{names[label]} {score:.2f}"
         style = {"facecolor": colour, "alpha": 0.75, "pad": 0.6, "edgecolor": "none"}
         axes.text(x1, y1, text, fontsize=5, color="white", bbox=style, va="bottom")
+
+
+def write_picture(figure, path: str, **options) -> None:
+    """Write a figure where a tool's ``--output`` says, and close it.
+
+    Args:
+        figure: of matplotlib.
+        path: the picture; its folder is made.
+        **options: of ``savefig``.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    try:
+        figure.savefig(path, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--output: {path} cannot be written: {error}") from error
+    finally:
+        plt.close(figure)
 
 
 def _save(figure, path: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -17,6 +16,7 @@ from detectron2.structures import BoxMode  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
 from .errors import ConfigError  # noqa: E402
+from .pictures import write_picture  # noqa: E402
 from .visdrone_eval import ignored_pixels, outside_ignored, overlaps  # noqa: E402
 
 # COCO's bands, by the square root of the box's area in pixels of the stored image
@@ -74,7 +74,8 @@ def size_histogram(dataset: str, path: str) -> dict[str, float]:
         axes.minorticks_off()
         axes.set_xticks(ticks, [str(t) for t in ticks])
     right.set_xlabel("quartiles of the square root, pixels")
-    _save(figure, path)
+    figure.tight_layout()
+    write_picture(figure, path, dpi=110)
     return shares
 
 
@@ -126,7 +127,8 @@ def detections_by_size(
             counts[name] += shown
             axes.set_title("{}: {} found, {} missed, {} false".format(name, *shown), fontsize=9)
     figure.suptitle("found: blue, missed: red, false: orange; ignored regions are dark", fontsize=9)
-    _save(figure, path)
+    figure.tight_layout()
+    write_picture(figure, path, dpi=110)
     return {name: tuple(values.tolist()) for name, values in counts.items()}
 
 
@@ -159,14 +161,3 @@ def _outcomes(entry: Mapping, rows: np.ndarray) -> Sequence[np.ndarray]:
             found[values.argmax()] = True
             wrong[number] = False
     return truth[found], truth[~found], rows[wrong][:, :4]
-
-
-def _save(figure, path: str) -> None:
-    figure.tight_layout()
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--output: {path} cannot be written: {error}") from error
-    finally:
-        plt.close(figure)
