@@ -43,7 +43,7 @@ from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
 from projects.kd.functional.set_prediction import cxcywh_to_xyxy  # noqa: E402
 from projects.kd.inherit import inherit  # noqa: E402
 from projects.kd.levels import canvas_size  # noqa: E402
-from projects.kd.pictures import write_picture  # noqa: E402
+from projects.kd.pictures import data_set_entry, write_picture  # noqa: E402
 from projects.kd.weights import load_detector  # noqa: E402
 
 COLOURS = plt.get_cmap("tab10").colors
@@ -51,14 +51,10 @@ COLOURS = plt.get_cmap("tab10").colors
 
 def load_example(cfg, dataset: str, index: int) -> dict:
     """One image of a data set at test size."""
-    if dataset not in DatasetCatalog.list():
-        raise ConfigError(f"--dataset: '{dataset}' is not registered")
-    entries = DatasetCatalog.get(dataset)
-    if not 0 <= index < len(entries):
-        raise ConfigError(f"--index: {index} is not in 0 .. {len(entries) - 1}")
+    entry = data_set_entry(dataset, index)
     resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     mapper = DatasetMapper(is_train=False, augmentations=[resize], image_format=cfg.INPUT.FORMAT)
-    return NamedErrors(mapper)(entries[index])
+    return NamedErrors(mapper)(entry)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ import torch  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
+from detectron2.data import MetadataCatalog  # noqa: E402
 from detectron2.data import transforms as T  # noqa: E402
 from detectron2.utils.env import seed_all_rng  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
@@ -48,17 +48,13 @@ from projects.kd.functional.icd import (  # noqa: E402
 from projects.kd.heads.icd import fgfi_mask  # noqa: E402
 from projects.kd.heads.icd_decoder import project  # noqa: E402
 from projects.kd.inherit import inherit  # noqa: E402
-from projects.kd.pictures import write_picture  # noqa: E402
+from projects.kd.pictures import data_set_entry, write_picture  # noqa: E402
 from projects.kd.weights import load_detector, read_torch_file  # noqa: E402
 
 
 def load_example(cfg, dataset: str, index: int) -> dict:
     """One image of a data set at test size, with its annotations."""
-    if dataset not in DatasetCatalog.list():
-        raise ConfigError(f"--dataset: '{dataset}' is not registered")
-    entries = DatasetCatalog.get(dataset)
-    if not 0 <= index < len(entries):
-        raise ConfigError(f"--index: {index} is not in 0 .. {len(entries) - 1}")
+    entry = data_set_entry(dataset, index)
     resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     mapper = MultiResolutionMapper(
         is_train=True,
@@ -67,7 +63,7 @@ def load_example(cfg, dataset: str, index: int) -> dict:
         image_format=cfg.INPUT.FORMAT,
         use_instance_mask=False,
     )
-    example = NamedErrors(mapper)(entries[index])
+    example = NamedErrors(mapper)(entry)
     if not len(example["instances"]):
         raise ConfigError(f"--index: image {index} of '{dataset}' has no objects")
     return example

@@ -215,6 +215,20 @@ def _draw(axes, image: np.ndarray, boxes, names: Sequence[str]) -> None:
         axes.text(x1, y1, text, fontsize=5, color="white", bbox=style, va="bottom")
 
 
+def data_set_entry(dataset: str, index: int) -> dict:
+    """One detectron2 dict, as a tool's ``--dataset`` and ``--index`` ask for it.
+
+    Raises:
+        ConfigError: the data set is not registered, or has no such image.
+    """
+    if dataset not in DatasetCatalog.list():
+        raise ConfigError(f"--dataset: '{dataset}' is not registered")
+    entries = DatasetCatalog.get(dataset)
+    if not 0 <= index < len(entries):
+        raise ConfigError(f"--index: {index} is not in 0 .. {len(entries) - 1}")
+    return entries[index]
+
+
 def write_picture(figure, path: str, **options) -> None:
     """Write a figure where a tool's ``--output`` says, and close it.
 
