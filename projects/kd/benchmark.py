@@ -12,6 +12,7 @@ from .distiller import build_training_model
 from .engine.optim import build_optimizations
 from .levels import scaled_size
 from .measure import random_batch, settle_norms
+from .predict import predictor_for
 from .taps import configured_classes, offers
 
 
@@ -90,13 +91,34 @@ class Bench:
         run.clear = clear
         return run
 
-    def base(self):
-        """Teacher's forward pass and student step: what distillation cannot do without."""
-        step = self.step()
+    def prediction(self):
+        """A function: the student's detection head, held constant, and its input's gradient."""
+        predictor = predictor_for(self.model.student)
+        features = dict(self.ctx.student_features)
+        inputs = _tensors(features)
+        with torch.no_grad():
+            assigned = predictor.assign(self.ctx)
 
         def run():
-            self.teacher()
-            step()
+            with self.autocast():
+                outputs = _tensors(vars(predictor.predict(features, assigned)))
+            torch.autograd.grad(sum(x.sum() for x in outputs), inputs, allow_unused=True)
+
+        return run
+
+    def base(self):
+        """Teacher's forward pass and student step: what distillation cannot do without.
+
+        With a head that predicts also one more pass of the student's detection head, held constant,
+        forward and backward to its input.
+        """
+        parts = [self.teacher, step := self.step()]
+        if any(head.predicts for head in self.model.heads.values()):
+            parts.append(self.prediction())
+
+        def run():
+            for part in parts:
+                part()
 
         run.clear = step.clear
         return run

@@ -31,6 +31,7 @@ class ImitationHead(nn.Module):
         supports: student meta-archs it is limited to; () = every one that offers ``requires``.
         targets: values of KD.<HEAD>.TARGET, of heads that have this key.
         needs_boxes: the head reads ground-truth boxes.
+        predicts: the head runs the student's detection head a second time (timing counts it apart).
 
     Args:
         levels: student levels to distil, finest first.
@@ -42,6 +43,7 @@ class ImitationHead(nn.Module):
     requires_student: frozenset[str] = frozenset()
     supports: tuple[str, ...] = ()
     needs_boxes: bool = False
+    predicts: bool = False
 
     def __init__(self, *, levels: Sequence[str], weight: float, mask_padding: bool):
         super().__init__()

@@ -86,6 +86,7 @@ class CSA(ImitationHead):
     """
 
     needs_boxes = True
+    predicts = True
 
     def __init__(
         self,
