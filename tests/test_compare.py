@@ -29,6 +29,7 @@ def compare():
 def suite(tmp_path):
     teacher = str(ROOT / "configs/shapes/retinanet_teacher.yaml")
     student = str(ROOT / "configs/shapes/retinanet_student.yaml")
+    distilled = str(ROOT / "configs/shapes/retinanet_student_fgfi.yaml")
     return {
         "title": "test",
         "dataset": "compare_toy",
@@ -37,7 +38,7 @@ def suite(tmp_path):
         "rows": [
             {"name": "student", "config": student},
             {"name": "teacher", "config": teacher, "role": "teacher"},
-            {"name": "student+X", "config": student, "opts": ["SOLVER.MAX_ITER", 7]},
+            {"name": "student+X", "config": distilled, "opts": ["SOLVER.MAX_ITER", 7]},
         ],
     }
 
@@ -106,7 +107,10 @@ def test_teacher_first_then_seed_by_seed_with_its_weights(compare, suite, tmp_pa
     weights = os.path.join(runs[0].dir, "model_final.pth")
     assert all(run.opts[:2] != ["KD.TEACHER.WEIGHTS", weights] for run in runs[:1])
     for run in runs[1:]:
-        assert run.opts[run.opts.index("KD.TEACHER.WEIGHTS") + 1] == weights
+        if run.row["name"] == "student":
+            assert run.teacher is None and "KD.TEACHER.WEIGHTS" not in run.opts
+        else:
+            assert run.opts[run.opts.index("KD.TEACHER.WEIGHTS") + 1] == weights
         assert run.opts[-2:] == ["SEED", run.seed]
     assert "SOLVER.MAX_ITER" in runs[2].opts and "SOLVER.MAX_ITER" not in runs[1].opts
     assert len({run.dir for run in runs}) == 5
@@ -130,6 +134,35 @@ def test_of_several_teachers_each_row_gets_the_one_it_names(compare, tmp_path):
         compare.make_runs(suite, [1], str(tmp_path), [])
     suite["rows"] += [dict(suite["rows"][0], name="again")]
     with pytest.raises(ConfigError, match="same config"):
+        compare.make_runs(suite, [1], str(tmp_path), [])
+
+
+def test_only_keeps_the_named_rows_and_the_teachers_they_learn_from(compare, suite):
+    def names(rows, *only):
+        return [row["name"] for row in compare.select_rows(rows, list(only))]
+
+    assert names(suite["rows"], "student") == ["student", "teacher"]
+    rows = compare.read_suite("configs/suites/shapes_detectors.yaml")["rows"]
+    assert names(rows, "FCOS student") == ["FCOS student"]
+    assert names(rows, "FCOS student+CWD") == ["FCOS teacher", "FCOS student+CWD"]
+    rows = compare.read_suite("configs/suites/shapes_methods.yaml")["rows"]
+    both = ["teacher", "teacher 2x", "student+SDF 2x"]  # the second starts from the first
+    assert names(rows, "student+SDF 2x") == both
+    with pytest.raises(ConfigError, match="no row 'studnet'"):
+        names(rows, "studnet")
+
+
+def test_a_teacher_starts_from_the_weights_of_another(compare, tmp_path):
+    suite = compare.read_suite("configs/suites/shapes_methods.yaml")
+    first, second, student, *_ = compare.make_runs(suite, [1], str(tmp_path), [])
+    weights = os.path.join(first.dir, "model_final.pth")
+    assert second.opts[second.opts.index("MODEL.WEIGHTS") + 1] == weights
+    assert "MODEL.WEIGHTS" not in first.opts + student.opts
+    stamp = second.stamp()
+    first.opts += ["SOLVER.MAX_ITER", 3]
+    assert second.stamp() != stamp  # another first teacher makes another second
+    suite["rows"] = [row for row in suite["rows"] if row["name"] != "teacher"]
+    with pytest.raises(ConfigError, match="'teacher 2x' starts from 'teacher', which is no row"):
         compare.make_runs(suite, [1], str(tmp_path), [])
 
 
@@ -179,9 +212,9 @@ def test_finished_runs_are_kept_and_changed_ones_moved_aside(
     execute(compare, suite, tmp_path, seeds=[1])
     assert len(commands) == 4
     assert (tmp_path / "runs" / "student+X" / "seed1.old1" / "metrics.json").is_file()
-    suite["rows"][1]["opts"] = ["SOLVER.MAX_ITER", 9]  # another teacher: everything again
+    suite["rows"][1]["opts"] = ["SOLVER.MAX_ITER", 9]  # another teacher: again, and what learns from it
     execute(compare, suite, tmp_path, seeds=[1])
-    assert len(commands) == 7
+    assert len(commands) == 6
 
 
 def test_an_interrupted_run_is_resumed(compare, suite, tmp_path, toy_data, monkeypatch):

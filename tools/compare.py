@@ -16,8 +16,9 @@ A suite is a YAML file::
       - {name: student, config: ...}
       - {name: student+CWD, config: ..., opts: [KEY, value, ...]}
 
-Rows with role teacher are trained once, with their config's own seed; all others once a seed, with
-KD.TEACHER.WEIGHTS pointing to the teacher (of several, the one whose config they name). Each run is
+Rows with role teacher are trained once, with their config's own seed; all others once a seed,
+distilled ones with KD.TEACHER.WEIGHTS pointing to the teacher (of several, the one whose config they
+name). A teacher may start from the weights of one above it: ``init: name``. Each run is
 ``train_net.py`` in a process of its own, with its OUTPUT_DIR under ``--output``. A finished run is
 kept while its settings stay the same, an interrupted one is resumed.
 """
@@ -97,7 +98,7 @@ class Run:
         suite: dict,
         output: str,
         opts: list,
-        teacher: Run | None = None,
+        teacher: Run | None = None,  # or, for a teacher, the run that it starts from
     ):
         self.row = row
         self.seed = seed
@@ -167,10 +168,14 @@ class Run:
 def make_runs(suite: dict, seeds: list[int], output: str, opts: list) -> list[Run]:
     """Teachers first, then every row for the first seed, for the second, ...
 
-    Of several teachers a row gets the one whose config it names in KD.TEACHER.CONFIG_FILE.
+    Of several teachers a distilled row gets the one whose config it names in
+    KD.TEACHER.CONFIG_FILE; a plain row gets none.
     """
     rows = suite["rows"]
-    teachers = [Run(r, None, suite, output, opts) for r in rows if r.get("role") == "teacher"]
+    teachers: list[Run] = []
+    for row in rows:
+        if row.get("role") == "teacher":
+            teachers.append(_teacher_run(row, teachers, suite, output, opts))
     by_config = {os.path.normpath(run.row["config"]): run for run in teachers}
     if len(by_config) < len(teachers):
         raise ConfigError("--suite: two rows with role teacher have the same config")
@@ -179,7 +184,7 @@ def make_runs(suite: dict, seeds: list[int], output: str, opts: list) -> list[Ru
         for row in rows:
             if row.get("role") == "teacher":
                 continue
-            teacher = teachers[0] if len(teachers) == 1 else _teacher_of(row, by_config)
+            teacher = _teacher_of(row, by_config)
             extra = list(opts)
             if teacher is not None:
                 weights = os.path.join(teacher.dir, "model_final.pth")
@@ -188,10 +193,41 @@ def make_runs(suite: dict, seeds: list[int], output: str, opts: list) -> list[Ru
     return runs
 
 
-def _teacher_of(row: dict, by_config: dict[str, Run]) -> Run | None:
-    cfg = load_config(row["config"])
+def _teacher_run(row: dict, above: list[Run], suite: dict, output: str, opts: list) -> Run:
+    """A row with role teacher; with ``init`` it depends on the run that it starts from."""
+    if "init" not in row:
+        return Run(row, None, suite, output, opts)
+    origin = next((run for run in above if run.row["name"] == row["init"]), None)
+    if origin is None:
+        raise ConfigError(
+            f"--suite: row '{row['name']}' starts from '{row['init']}', which is no row with role "
+            "teacher above it"
+        )
+    weights = os.path.join(origin.dir, "model_final.pth")
+    return Run(row, None, suite, output, ["MODEL.WEIGHTS", weights, *opts], origin)
+
+
+def select_rows(rows: list[dict], names: list[str]) -> list[dict]:
+    """The rows of these names, and the teachers that they learn from; a single one always."""
+    unknown = set(names) - {row["name"] for row in rows}
+    if unknown:
+        known = ", ".join(row["name"] for row in rows)
+        raise ConfigError(f"--only: no row '{min(unknown)}' in the suite, whose rows are {known}")
+    teachers = {os.path.normpath(x["config"]): x for x in rows if x.get("role") == "teacher"}
+    chosen = [row for row in rows if row["name"] in names]
+    needed = list(teachers.values())
+    if len(teachers) > 1:
+        needed = [_teacher_of(row, teachers) for row in chosen if row not in needed]
+        needed += [x for x in rows for row in needed if row and x["name"] == row.get("init")]
+    return [row for row in rows if row in chosen or row in needed]
+
+
+def _teacher_of(row: dict, by_config: dict):
+    cfg = load_config(row["config"], [str(x) for x in row.get("opts", [])])
     if not by_config or not cfg.KD.META_ARCHITECTURE:
         return None
+    if len(by_config) == 1:
+        return next(iter(by_config.values()))
     named = os.path.normpath(cfg.KD.TEACHER.CONFIG_FILE)
     if named not in by_config:
         raise ConfigError(
@@ -304,7 +340,7 @@ def main() -> None:
     parser.add_argument("--suite", required=True, help="suite YAML file")
     parser.add_argument("--output", required=True, help="folder for runs and reports")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--only", nargs="+", help="names of rows to run (the teacher always is)")
+    parser.add_argument("--only", nargs="+", help="names of rows to run (with their teacher)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (they share the CPU)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="-- KEY value ... for every run")
     args = parser.parse_args()
@@ -312,11 +348,7 @@ def main() -> None:
     with exit_on_user_error():
         suite = read_suite(args.suite)
         if args.only:
-            suite["rows"] = [
-                row
-                for row in suite["rows"]
-                if row["name"] in args.only or row.get("role") == "teacher"
-            ]
+            suite["rows"] = select_rows(suite["rows"], args.only)
         os.makedirs(args.output, exist_ok=True)
         runs = make_runs(suite, args.seeds, args.output, opts)
         first = runs[0]
