@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .predict import register_predictor
+from .predict.cascade import CascadePredictor
 from .predict.rcnn import RCNNPredictor
 from .predict.retinanet import RetinaNetPredictor
 from .taps import TapSpec, register_class_key, register_pseudo_anchors, register_taps
@@ -28,7 +29,8 @@ _SHARED = {"features": TapSpec("backbone"), "bottom_up": TapSpec("backbone.botto
 # (class logits, box deltas, ...), a list over levels of (N, A * K, H, W).
 register_taps("DenseDetector", **_SHARED, dense=TapSpec("head", run=_run_dense_head))
 # ``rpn`` gives objectness (N, A, H, W) and deltas (N, A * 4, H, W), both a list over levels;
-# ``box`` class logits (R, K + 1) and deltas (R, K * 4) of the sampled proposals, in their order;
+# ``box`` class logits (R, K + 1) and deltas (R, K * 4) of the sampled proposals, in their order, of
+# a cascade a list over its stages;
 # ``mask_logits`` (R, K, h, w) and ``keypoint_logits`` (R, points, h, w) are those of the foreground
 # ones. All but ``rpn`` are there in the student's training step only.
 register_taps(
@@ -43,6 +45,7 @@ register_taps(
 
 register_predictor("RetinaNet", RetinaNetPredictor)
 register_predictor("GeneralizedRCNN", RCNNPredictor)
+register_predictor("GeneralizedRCNN", CascadePredictor)
 
 # SemSegFPNHead, DeepLab's heads and PSPNetHead end in a 1x1 convolution ``predictor``: ``sem_seg``
 # are its logits before upsampling, ``decoder`` is what it reads.

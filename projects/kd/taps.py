@@ -38,7 +38,8 @@ class TapSpec:
         channels: ``channels(model)`` = C of a (N, C, H, W) tap, for taps that are compared as maps
             and are no backbone levels.
         every_call: False keeps the first output of a step, True the list of all outputs (a module
-            called for each level, stage or image).
+            called for each level, stage or image). Of a ``ModuleList`` it is always the list, of its
+            members' outputs.
         with_images: ``run`` gets the images too, ``run(model, features, images)``, as detectron2's
             ``ImageList``: the padded batch and the sizes before padding.
     """
@@ -134,19 +135,23 @@ class FeatureTaps:
         self.paths = {name: _resolve(root, name, spec) for name, spec in self.specs.items()}
         self._values: dict[str, Any] = {}
         self._recording = False
+        modules = {name: root.get_submodule(path) for name, path in self.paths.items()}
+        self._lists = {name for name, module in modules.items() if _members(module)}
+        self._lists |= {name for name, spec in self.specs.items() if spec.every_call}
         self._handles = [
-            root.get_submodule(path).register_forward_hook(functools.partial(self._keep, name))
-            for name, path in self.paths.items()
+            part.register_forward_hook(functools.partial(self._keep, name))
+            for name, module in modules.items()
+            for part in _members(module) or [module]
         ]
 
     # a bound method, not a closure: a deep copy of the detector then records into its own taps
     def _keep(self, name: str, module: nn.Module, inputs, output) -> None:
         spec = self.specs[name]
-        if not self._recording or (name in self._values and not spec.every_call):
+        if not self._recording or (name in self._values and name not in self._lists):
             return
         value = inputs[0] if spec.take_input else output
         value = value if spec.select is None else spec.select(value)
-        if spec.every_call:
+        if name in self._lists:
             self._values.setdefault(name, []).append(value)
         else:
             self._values[name] = value
@@ -178,6 +183,11 @@ class FeatureTaps:
         if name not in self._values:
             raise RuntimeError(f"tap '{name}' ({self.paths.get(name)}) did not run in this step")
         return self._values[name]
+
+
+def _members(module: nn.Module) -> list[nn.Module]:
+    """Those of a ModuleList, which itself never runs."""
+    return list(module) if isinstance(module, nn.ModuleList) else []
 
 
 def _resolve(root: nn.Module, name: str, spec: TapSpec) -> str:

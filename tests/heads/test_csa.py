@@ -159,7 +159,7 @@ def test_at_its_start_the_assistant_says_what_the_student_says(arch, tmp_path):
         for name, loss in losses.items():
             torch.testing.assert_close(own[f"loss_aux_csa_{name.removeprefix('loss_')}"], loss)
     else:
-        pairs = [(ours.logits, theirs.logits), (ours.deltas, theirs.deltas)]
+        pairs = list(zip(ours.stages[0], theirs.stages[0], strict=True))
         pairs += zip(ours.proposals.logits, theirs.proposals.logits, strict=True)
         for name in ("cls", "box_reg"):  # the proposal network samples its anchors anew
             torch.testing.assert_close(own[f"loss_aux_csa_{name}"], losses[f"loss_{name}"])

@@ -1,4 +1,4 @@
-"""How detectron2's GeneralizedRCNN with a region proposal network and one box head predicts."""
+"""How detectron2's GeneralizedRCNN predicts: a region proposal network, then one box head or more."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
+from torch import nn
 
+from ..context import DistillContext
 from ..errors import ConfigError
 from ..functional.output_kd import jitter_boxes
 from .base import Pairs, Predictor, RegionPair, call_constant
@@ -30,22 +32,26 @@ class RegionLabels:
     Attributes:
         anchors: of each level.
         labels, boxes: per image (A,) and (A, 4) of all anchors; -1 = not in the sample.
-        regions: the student's sampled proposals, as its box head got them.
+        regions: of each stage, the regions that the student's box head got, an entry an image.
     """
 
     anchors: list[Boxes]
     labels: list[torch.Tensor]
     boxes: list[torch.Tensor]
-    regions: list[Instances]
+    regions: list[list[Instances]]
 
 
 @dataclass(frozen=True)
 class RegionPredictions:
-    """Raw outputs: of the proposal network; (R, K + 1) logits, (R, K * 4) or (R, 4) deltas."""
+    """Raw outputs.
+
+    Attributes:
+        proposals: of the proposal network.
+        stages: of each box head the (R, K + 1) logits and the (R, K * 4) or (R, 4) deltas.
+    """
 
     proposals: DensePredictions
-    logits: torch.Tensor
-    deltas: torch.Tensor
+    stages: list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class RCNNPredictor(Predictor):
@@ -69,6 +75,11 @@ class RCNNPredictor(Predictor):
         )
 
     @property
+    def box_heads(self) -> list[tuple[nn.Module, FastRCNNOutputLayers]]:
+        """Box head and predictor of each stage."""
+        return [(self.model.roi_heads.box_head, self.model.roi_heads.box_predictor)]
+
+    @property
     def levels(self):
         """Those of the proposal network and of the box head."""
         names = (*self.model.proposal_generator.in_features, *self.model.roi_heads.box_in_features)
@@ -81,13 +92,12 @@ class RCNNPredictor(Predictor):
 
     def check_student(self):
         """Softmax classes, and proposals that stay as the box head saw them."""
-        heads = self.model.roi_heads
-        if heads.box_predictor.use_sigmoid_ce:
+        if any(predictor.use_sigmoid_ce for _, predictor in self.box_heads):
             raise ConfigError(
                 "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE: heads on predictions need softmax classes; "
                 "set it to False"
             )
-        if heads.train_on_pred_boxes:
+        if self.model.roi_heads.train_on_pred_boxes:
             raise ConfigError(
                 "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES overwrites the proposals that heads on "
                 "predictions read; set it to False"
@@ -95,50 +105,77 @@ class RCNNPredictor(Predictor):
 
     def match(self, teacher, scale, key):
         """Anchors of the proposal networks; levels without a match take no part."""
-        if not isinstance(teacher, RCNNPredictor):
+        if type(teacher) is not type(self):
             raise self.other_family(teacher, key)
         teacher.check_student()
-        ours, theirs = (x.model.roi_heads.box_predictor for x in (self, teacher))
-        check_transforms(ours.box2box_transform, theirs.box2box_transform, key)
+        stages = len(self.box_heads), len(teacher.box_heads)
+        if stages[0] != stages[1]:
+            raise ConfigError(
+                f"{key}: the student has {stages[0]} box heads and the teacher {stages[1]} "
+                "(MODEL.ROI_BOX_CASCADE_HEAD.IOUS); their predictions cannot be compared"
+            )
+        for (_, ours), (_, theirs) in zip(self.box_heads, teacher.box_heads, strict=True):
+            check_transforms(ours.box2box_transform, theirs.box2box_transform, key)
         generators = (x.model.proposal_generator.anchor_generator for x in (self, teacher))
         names = self.model.proposal_generator.in_features
         return match_anchors(*generators, names, scale, key)
 
     def assign(self, ctx):
-        """Labels of a sample of the anchors; the student's own sample of proposals."""
+        """Labels of a sample of the anchors; the student's own regions."""
         rpn = self.model.proposal_generator
         anchors = rpn.anchor_generator([ctx.student_features[f] for f in rpn.in_features])
         labels = rpn.label_and_sample_anchors(anchors, ctx.gt)
-        return RegionLabels(anchors, *labels, ctx.student_outputs["sampled_proposals"])
+        return RegionLabels(anchors, *labels, self.regions(ctx))
+
+    def regions(self, ctx: DistillContext) -> list[list[Instances]]:
+        """Of each stage the regions that the student's box head got in this step."""
+        return [ctx.student_outputs["sampled_proposals"]]
 
     def student(self, ctx):
         """From the taps."""
-        logits, deltas = ctx.student_outputs["box"]
+        stages = self.tapped(ctx)
         proposals = DensePredictions.of(ctx.student_outputs["rpn"])
-        return RegionPredictions(proposals, logits.float(), deltas.float())
+        return RegionPredictions(proposals, [(x.float(), y.float()) for x, y in stages])
+
+    def tapped(self, ctx: DistillContext) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Logits and deltas of each stage, as the student gave them."""
+        return [ctx.student_outputs["box"]]
 
     def predict(self, features, assigned, *, scale=1.0, constant=True):
-        """Proposal network on its levels, box head on the student's regions."""
-        rpn, heads = self.model.proposal_generator, self.model.roi_heads
+        """Proposal network on its levels, box heads on the student's regions."""
+        rpn, roi_heads = self.model.proposal_generator, self.model.roi_heads
         maps = [features[level] for level in rpn.in_features]
         proposals = DensePredictions.of(call_constant(rpn.rpn_head, maps, constant=constant))
-        boxes = [Boxes(x.proposal_boxes.tensor * scale) for x in assigned.regions]
-        pooled = heads.box_pooler([features[level] for level in heads.box_in_features], boxes)
-        pooled = call_constant(heads.box_head, pooled, constant=constant)
-        logits, deltas = call_constant(heads.box_predictor, pooled, constant=constant)
-        return RegionPredictions(proposals, logits.float(), deltas.float())
+        maps = [features[level] for level in roi_heads.box_in_features]
+        stages = []
+        for regions, (head, predictor) in zip(assigned.regions, self.box_heads, strict=True):
+            boxes = [Boxes(x.proposal_boxes.tensor * scale) for x in regions]
+            pooled = self.pool(maps, boxes)
+            for module in (head, predictor):
+                pooled = call_constant(module, pooled, constant=constant)
+            stages.append(tuple(x.float() for x in pooled))
+        return RegionPredictions(proposals, stages)
+
+    def pool(self, maps: list[torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
+        """What a box head reads of the regions, (R, C, h, w)."""
+        return self.model.roi_heads.box_pooler(maps, boxes)
 
     def losses(self, predictions, assigned):
-        """``loss_rpn_cls``, ``loss_rpn_loc``, ``loss_cls`` and ``loss_box_reg``."""
+        """``loss_rpn_cls``, ``loss_rpn_loc``, and of each box head ``loss_cls`` and
+        ``loss_box_reg``, with ``_stage<k>`` behind where there are several.
+        """
         rpn = self.model.proposal_generator
         objectness = [x.flatten(1) for x in flatten_cells(predictions.proposals.logits, 1)]
         deltas = flatten_cells(predictions.proposals.deltas, 4)
-        outputs = predictions.logits, predictions.deltas
         with get_event_storage().name_scope("assistant"):
             losses = rpn.losses(
                 assigned.anchors, objectness, assigned.labels, deltas, assigned.boxes
             )
-            losses |= self.model.roi_heads.box_predictor.losses(outputs, assigned.regions)
+            stages = zip(self.box_heads, predictions.stages, assigned.regions, strict=True)
+            for stage, ((_, predictor), outputs, regions) in enumerate(stages):
+                suffix = f"_stage{stage}" if len(self.box_heads) > 1 else ""
+                for name, loss in predictor.losses(outputs, regions).items():
+                    losses[name + suffix] = loss
         return losses
 
     def pairs(self, student, target, assigned, *, levels, masks, match=None, jitter=0.0):
@@ -150,22 +187,29 @@ class RCNNPredictor(Predictor):
             for place, level in enumerate(names)
             if level in levels and level in match
         ]
+        stages = zip(
+            self.box_heads, student.stages, target.stages, assigned.regions, strict=True
+        )
         return Pairs(
-            proposals=proposals, regions=[self._regions(student, target, assigned, jitter)]
+            proposals=proposals,
+            regions=[
+                self._regions(predictor.box2box_transform, ours, theirs, regions, jitter)
+                for (_, predictor), ours, theirs, regions in stages
+            ],
         )
 
-    def _regions(self, student, target, assigned, jitter) -> RegionPair:
-        transform = self.model.roi_heads.box_predictor.box2box_transform
-        regions = torch.cat([x.proposal_boxes.tensor for x in assigned.regions])
-        classes = torch.cat([x.gt_classes for x in assigned.regions])
-        best = target.logits[:, :-1].detach().argmax(1)
-        ours, theirs = _of_class(student.deltas, best), _of_class(target.deltas.detach(), best)
+    def _regions(self, transform, student, target, regions, jitter) -> RegionPair:
+        (logits, deltas), (target_logits, target_deltas) = student, target
+        boxes = torch.cat([x.proposal_boxes.tensor for x in regions])
+        classes = torch.cat([x.gt_classes for x in regions])
+        best = target_logits[:, :-1].detach().argmax(1)
+        ours, theirs = _of_class(deltas, best), _of_class(target_deltas.detach(), best)
         if jitter:
-            boxes = jitter_boxes(transform.apply_deltas(theirs, regions), jitter)
-            theirs = transform.get_deltas(regions, boxes)
+            moved = jitter_boxes(transform.apply_deltas(theirs, boxes), jitter)
+            theirs = transform.get_deltas(boxes, moved)
         return RegionPair(
-            student_logits=student.logits,
-            target_logits=target.logits,
+            student_logits=logits,
+            target_logits=target_logits,
             student_deltas=ours,
             target_deltas=theirs,
             foreground=(classes >= 0) & (classes < self.num_classes),
