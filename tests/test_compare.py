@@ -212,7 +212,7 @@ def test_finished_runs_are_kept_and_changed_ones_moved_aside(
     execute(compare, suite, tmp_path, seeds=[1])
     assert len(commands) == 4
     assert (tmp_path / "runs" / "student+X" / "seed1.old1" / "metrics.json").is_file()
-    suite["rows"][1]["opts"] = ["SOLVER.MAX_ITER", 9]  # another teacher: again, and what learns from it
+    suite["rows"][1]["opts"] = ["SOLVER.MAX_ITER", 9]  # the teacher, and who learns
     execute(compare, suite, tmp_path, seeds=[1])
     assert len(commands) == 6
 

@@ -14,8 +14,9 @@ backward and optimizer step. The ratio of a head is
 
 the teacher run as far as the head reads it (its backbone, or its own head too), both on the same
 student. To CSA's denominator belongs one more pass of the student's detection head, forward and
-backward to its input, as no assistant can do without it. Memory is what tensors hold at once (allocator events, temporaries inside of operations
-included), counted once, at 800x1344, with --memory. Run it on an idle machine.
+backward to its input, as no assistant can do without it. Memory is what tensors hold at once
+(allocator events, temporaries inside of operations included), counted once, at 800x1344, with
+--memory. Run it on an idle machine.
 
 Parts: data (the training loader of a --config-file), teacher (input and forward), student (step),
 heads (each alone: loss and its gradient at features and adapters), step (the ratio, for each head

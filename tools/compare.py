@@ -17,8 +17,8 @@ A suite is a YAML file::
       - {name: student+CWD, config: ..., opts: [KEY, value, ...]}
 
 Rows with role teacher are trained once, with their config's own seed; all others once a seed,
-distilled ones with KD.TEACHER.WEIGHTS pointing to the teacher (of several, the one whose config they
-name). A teacher may start from the weights of one above it: ``init: name``. Each run is
+distilled ones with KD.TEACHER.WEIGHTS pointing to the teacher (of several, the one whose config
+they name). A teacher may start from the weights of one above it: ``init: name``. Each run is
 ``train_net.py`` in a process of its own, with its OUTPUT_DIR under ``--output``. A finished run is
 kept while its settings stay the same, an interrupted one is resumed.
 """

@@ -38,7 +38,7 @@ class TapSpec:
         channels: ``channels(model)`` = C of a (N, C, H, W) tap, for taps that are compared as maps
             and are no backbone levels.
         every_call: False keeps the first output of a step, True the list of all outputs (a module
-            called for each level, stage or image). Of a ``ModuleList`` it is always the list, of its
+            called for each level, stage or image). A ``ModuleList`` always gives the list of its
             members' outputs.
         with_images: ``run`` gets the images too, ``run(model, features, images)``, as detectron2's
             ``ImageList``: the padded batch and the sizes before padding.

@@ -1,4 +1,4 @@
-"""How detectron2's GeneralizedRCNN predicts: a region proposal network, then one box head or more."""
+"""How detectron2's GeneralizedRCNN predicts: a proposal network, then one box head or more."""
 
 from __future__ import annotations
 
@@ -187,9 +187,7 @@ class RCNNPredictor(Predictor):
             for place, level in enumerate(names)
             if level in levels and level in match
         ]
-        stages = zip(
-            self.box_heads, student.stages, target.stages, assigned.regions, strict=True
-        )
+        stages = zip(self.box_heads, student.stages, target.stages, assigned.regions, strict=True)
         return Pairs(
             proposals=proposals,
             regions=[
