@@ -118,12 +118,10 @@ def test_class_loss_keeps_nothing_but_its_inputs():
     assert peak_bytes(lambda: dense_class_loss([(student, target, None)]).backward()) < 6 * size
 
 
-def giou(a, b):
-    area = lambda x: max(x[2] - x[0], 0) * max(x[3] - x[1], 0)  # noqa: E731
-    both = [max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])]
-    hull = [min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])]
-    union = area(a) + area(b) - area(both)
-    return area(both) / union - (area(hull) - union) / area(hull)
+def smooth_l1(a, b):
+    sides = [max(b[2] - b[0], 1.0), max(b[3] - b[1], 1.0)] * 2
+    far = [abs(x - y) / side for x, y, side in zip(a, b, sides, strict=True)]
+    return sum(d * d / 0.2 if d < 0.1 else d - 0.05 for d in far)
 
 
 def boxes(seed, shape):
@@ -132,17 +130,34 @@ def boxes(seed, shape):
     return flat.view(*shape, 4)
 
 
-def test_box_loss_is_the_weighted_mean_of_1_less_giou():
+def test_box_loss_is_the_weighted_mean_of_smooth_l1_in_sides_of_the_target():
     shapes = (2, 1, 3, 4), (2, 1, 1, 2)
     levels, total, weights = [], 0.0, 0.0
     for index, shape in enumerate(shapes):
-        student, target = boxes(index, shape), boxes(10 + index, shape)
+        target = boxes(10 + index, shape)
+        # both branches of the loss
+        student = target.lerp(boxes(index, shape), 0.1 + 0.9 * index)
         weight = torch.rand(shape, dtype=torch.float64)
         levels.append((student, target, weight))
         rows = (x.flatten(0, 3).tolist() for x in (student, target))
         for a, b, w in zip(*rows, weight.flatten().tolist(), strict=True):
-            total, weights = total + w * (1 - giou(a, b)), weights + w
+            total, weights = total + w * smooth_l1(a, b), weights + w
     assert dense_box_loss(levels).item() == pytest.approx(total / weights, rel=1e-6)
+
+
+def test_the_pull_of_a_box_vanishes_with_its_difference():
+    """A GIoU loss would pull with the same force however little boxes differ."""
+    target, direction = torch.tensor([10.0, 20.0, 50.0, 40.0]), torch.tensor([1.0, -1.0, 2.0, 1.0])
+    norms = []
+    for distance in (1.0, 0.01):
+        student = (target + distance * direction).view(1, 1, 1, 1, 4).requires_grad_()
+        loss = dense_box_loss([(student, target.view(1, 1, 1, 1, 4), torch.ones(1, 1, 1, 1))])
+        loss.backward()
+        norms.append(student.grad.norm().item())
+    assert norms[1] == pytest.approx(norms[0] / 100, rel=1e-3)
+    tiny = torch.tensor([10.0, 20.0, 10.2, 20.5]).view(1, 1, 1, 1, 4)  # units of at least a pixel
+    moved = dense_box_loss([(tiny + 0.5, tiny, torch.ones(1, 1, 1, 1))])
+    assert moved.item() == pytest.approx(4 * (0.5 - 0.05))
 
 
 def test_boxes_without_weight_give_0_and_no_gradient():
@@ -161,6 +176,8 @@ def test_weight_of_a_box():
     torch.testing.assert_close(box_weight(logits, counted, positive), expected)
     expected[..., 0], expected[..., 3] = 0.0, 0.9
     torch.testing.assert_close(box_weight(logits, None, None), expected)
+    expected = torch.tensor([0.01, 0.0, 0.0, 0.0]).view(1, 1, 1, 4)
+    torch.testing.assert_close(box_weight(logits, counted, positive, confident=False), expected)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -15,6 +15,7 @@ from projects.kd.errors import ConfigError
 from projects.kd.heads import build_imitation_heads
 from projects.kd.heads.csa import read_rates
 from projects.kd.predict import predictor_for
+from projects.kd.predict.dense import flatten_cells
 
 SMALL = {"DIM": 16, "HEADS": 4}
 ARCHS = ["RetinaNet", "GeneralizedRCNN"]
@@ -236,6 +237,19 @@ def test_levels_without_an_assistant_are_the_students():
         assert torch.equal(features[level], x) == (level != "p4")
         assert not features["p3"].requires_grad
     assert set(head.attention.sources) == {"p4"}
+
+
+def test_boxes_are_taught_where_an_object_is_assigned_only():
+    head, ctx = build(), prediction_context(channels=(CHANNELS, CHANNELS + 2))
+    nn.init.normal_(head.attention.output.weight)
+    predictor = predictor_for(ctx.student)
+    with EventStorage():
+        loss = head(ctx)["loss_kd_csa_box"]
+        labels = torch.stack(predictor.assign(ctx).labels)
+    gradients = torch.autograd.grad(loss, ctx.student_outputs["dense"][1])
+    taught = torch.cat(flatten_cells(gradients, 4), dim=1).any(2)
+    positive = (labels >= 0) & (labels < predictor.num_classes)
+    assert positive.any() and torch.equal(taught, positive)
 
 
 def test_rates_of_the_config():

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torchvision.ops import generalized_box_iou_loss
 
 from .precision import full_precision
 
@@ -87,27 +86,43 @@ def _weight(student, probability, counted):
 def dense_box_loss(
     levels: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
 ) -> torch.Tensor:
-    """GIoU loss of decoded boxes, ``sum w (1 - GIoU) / max(sum w, 1e-6)`` over all levels.
+    """Smooth L1 of decoded boxes in units of the target's sides.
+
+    ::
+
+        sum w smooth_l1((b_s - b_t) / (W_t, H_t, W_t, H_t)) / max(sum w, 1e-6)
+
+    over all levels together, summed over the four coordinates, quadratic below a tenth of a side
+    (beta = 0.1). Its gradient vanishes with the difference. That of a GIoU loss does not: it has
+    the same size however little two boxes differ. An assistant predicts through the student's own
+    features and head, so that a constant pull towards it never closes the difference; measured, it
+    drove the student's own box loss from 0.4 to 1.0.
 
     Args:
         levels: per level student boxes (N, A, H, W, 4), target boxes, and weights w (N, A, H, W),
-            see :func:`box_weight`. Boxes of weight 0 must be finite.
+            see :func:`box_weight`. Boxes of weight 0 must be finite. Target sides below a pixel
+            count as one.
 
     Returns:
-        Scalar in [0, 2].
+        Scalar >= 0 in fp32.
     """
     parts = []
     for student, target, weight in levels:
         student, target = _full(student, target)
-        loss = generalized_box_iou_loss(student.flatten(0, 3), target.flatten(0, 3))
-        parts.append(((loss * weight.flatten()).sum(), weight.sum()))
+        sides = (target[..., 2:] - target[..., :2]).clamp(min=1.0)
+        units = torch.cat([sides, sides], dim=-1)
+        loss = F.smooth_l1_loss(student / units, target / units, beta=0.1, reduction="none")
+        parts.append(((loss.sum(-1) * weight).sum(), weight.sum()))
     total, weight = (torch.stack(part).sum() for part in zip(*parts, strict=True))
     return total / weight.clamp(min=EPSILON)
 
 
 @torch.no_grad()
 def box_weight(
-    target: torch.Tensor, counted: torch.Tensor | None, positive: torch.Tensor | None
+    target: torch.Tensor,
+    counted: torch.Tensor | None,
+    positive: torch.Tensor | None,
+    confident: bool = True,
 ) -> torch.Tensor:
     """Weight of a predicted box: the target's largest class probability.
 
@@ -116,12 +131,13 @@ def box_weight(
     Args:
         target: logits (N, A, K, H, W).
         counted, positive: (N, A, H, W) bool, None = all and none.
+        confident: False: 0 wherever ground truth assigns no object.
 
     Returns:
         (N, A, H, W).
     """
     best = target.float().amax(2).sigmoid()
-    use = best >= LEAST_PROBABILITY
+    use = best >= LEAST_PROBABILITY if confident else torch.zeros_like(best, dtype=torch.bool)
     if positive is not None:
         use = use | positive
     if counted is not None:

@@ -68,6 +68,9 @@ class CSA(ImitationHead):
     ``kd/csa_gain`` in the log is the student's detection loss less the assistant's, on the same
     anchors and regions: an assistant without a gain has nothing to teach.
 
+    Boxes of a one-stage student are taught where ground truth assigns an object only: elsewhere
+    nothing holds the assistant's boxes, and the student would follow wherever they drift.
+
     One head pass serves both: the student's targets are those before the assistant's step. As the
     two kinds of losses reach disjoint parameters, one backward pass of their sum and a step of each
     optimizer do what the published alternation does.
@@ -157,7 +160,8 @@ class CSA(ImitationHead):
         }
         options = {"levels": self.levels, "masks": cell_masks(self, ctx)}
         pairs = predictor.pairs(student, assistant, assigned, **options)
-        return {**prediction_losses(pairs, "csa", self.weights, self.weight), **auxiliary}
+        scheduled = prediction_losses(pairs, "csa", self.weights, self.weight, confident=False)
+        return {**scheduled, **auxiliary}
 
     @torch.no_grad()
     def _log(self, ctx, predictor, student, assigned, losses) -> None:

@@ -70,7 +70,9 @@ def add_prediction_keys(node) -> None:
     node.TEMPERATURE = 1.0
 
 
-def prediction_losses(pairs: Pairs, name: str, weights: PredictionWeights, factor: float) -> dict:
+def prediction_losses(
+    pairs: Pairs, name: str, weights: PredictionWeights, factor: float, *, confident: bool = True
+) -> dict:
     """``loss_kd_<name>_cls``, ``_box`` and, with region proposals, ``_rpn``, weighted.
 
     Levels are summed before they are normalised; stages of a cascade are averaged.
@@ -80,6 +82,7 @@ def prediction_losses(pairs: Pairs, name: str, weights: PredictionWeights, facto
         name: of the head.
         weights: of the terms.
         factor: of all of them.
+        confident: see :func:`~projects.kd.functional.output_kd.box_weight`.
     """
     losses = {}
     if pairs.dense:
@@ -89,7 +92,7 @@ def prediction_losses(pairs: Pairs, name: str, weights: PredictionWeights, facto
                 (
                     p.student_boxes,
                     p.target_boxes,
-                    box_weight(p.target_logits, p.counted, p.positive),
+                    box_weight(p.target_logits, p.counted, p.positive, confident),
                 )
                 for p in pairs.dense
             ]
