@@ -116,6 +116,16 @@ def test_it_equals_the_equations_written_out(rates):
     torch.testing.assert_close(module("p3", student, teacher), expected)
 
 
+@pytest.mark.parametrize(("dim", "heads"), [(32, 4), (64, 2)])
+def test_with_positions_each_query_starts_at_its_own_place(dim, heads):
+    module = attention((1,), dim=dim, heads=heads, positions=True)
+    encoding = cell_encoding(5, 6, (1.0, 1.0), dim // heads, torch.zeros(()))
+    logits = module.position_scale[0] ** 2 * encoding @ encoding.T / (dim // heads) ** 0.5
+    torch.testing.assert_close(logits.diagonal(), torch.full((30,), 10.0))
+    others = logits.masked_fill(torch.eye(30, dtype=torch.bool), -1.0)
+    assert (others < 10.0).all()
+
+
 @pytest.mark.parametrize("positions", [False, True])
 def test_gradients_are_those_of_finite_differences(positions):
     module = attention((2, 1), 4, 3, 8, 2, positions=positions).double()

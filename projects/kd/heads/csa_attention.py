@@ -13,7 +13,7 @@ from torch import nn
 
 from ..functional.csa import attend, cell_encoding, pad_to_rate, token_mask
 
-POSITION_SCALE = 1.5  # at the start; a query's own place then stands out by about 6 nats
+OWN_PLACE = 10.0  # nats by which a query's own place stands out at the start, with positions
 
 
 class CrossScaleAttention(nn.Module):
@@ -70,9 +70,10 @@ class CrossScaleAttention(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.output.weight)
-        self.position_scale = (
-            nn.Parameter(torch.full((heads,), POSITION_SCALE)) if positions else None
-        )
+        self.position_scale = None
+        if positions:  # an encoding of d channels has the squared norm d / 2
+            scale = (2 * OWN_PLACE / (dim // heads) ** 0.5) ** 0.5
+            self.position_scale = nn.Parameter(torch.full((heads,), scale))
 
     def forward(
         self,
