@@ -59,10 +59,7 @@ _FGFI = Recipe(
     keys={"THRESH_FACTOR": 0.5, "ASSIGN": "joint", "ADAPTER": "conv3x3", "START_ITER": 400},
 )
 _MIMIC = Recipe(1.0, "mean squared error over all levels as in MasKD's '+mimic' configs")
-_SDF = Recipe(
-    PRESETS["balanced"][0],
-    "this project, as the reduction that ScaleKD's goes with is not known (KD.SDF.PRESET)",
-)
+_SDF_SOURCE = "this project, as the reduction that ScaleKD's goes with is not known (KD.SDF.PRESET)"
 _PREDICTIONS = Recipe(
     1.0, "this project, as the form of the published terms is not known (PRESET balanced)"
 )
@@ -79,8 +76,8 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     ("FGFI", TWO_STAGE): _FGFI,
     ("ICD", ONE_STAGE): Recipe(8.0, _ICD_SOURCE, keys={"MAX_QUERIES": 300}, overrides=_CLIP),
     ("ICD", TWO_STAGE): Recipe(3.0, _ICD_SOURCE, keys={"MAX_QUERIES": 100}, overrides=_CLIP),
-    ("SDF", ONE_STAGE): _SDF,
-    ("SDF", TWO_STAGE): _SDF,
+    ("SDF", ONE_STAGE): Recipe(PRESETS["balanced"][0], _SDF_SOURCE),
+    ("SDF", TWO_STAGE): Recipe(PRESETS["balanced"][1], _SDF_SOURCE),
     ("OutputKD", ONE_STAGE): _PREDICTIONS,
     ("OutputKD", TWO_STAGE): _PREDICTIONS,
     ("CSA", ONE_STAGE): _PREDICTIONS,
