@@ -10,6 +10,9 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _heard_by_caplog():
-    """A run in the same process turns propagation of these logs off, as detectron2 does."""
+    """A run in the same process turns propagation of these logs off, as detectron2 does, and
+    tools/benchmark.py disables warnings.
+    """
+    logging.disable(logging.NOTSET)
     for name in ("projects", "detectron2", "fvcore"):
         logging.getLogger(name).propagate = True
