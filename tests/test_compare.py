@@ -148,6 +148,7 @@ def test_only_keeps_the_named_rows_and_the_teachers_they_learn_from(compare, sui
     rows = compare.read_suite("configs/suites/shapes_methods.yaml")["rows"]
     both = ["teacher", "teacher 2x", "student+SDF 2x"]  # the second starts from the first
     assert names(rows, "student+SDF 2x") == both
+    assert names(rows, "teacher 2x") == both[:2]
     with pytest.raises(ConfigError, match="no row 'studnet'"):
         names(rows, "studnet")
 

@@ -208,18 +208,23 @@ def _teacher_run(row: dict, above: list[Run], suite: dict, output: str, opts: li
 
 
 def select_rows(rows: list[dict], names: list[str]) -> list[dict]:
-    """The rows of these names, and the teachers that they learn from; a single one always."""
+    """The rows of these names, the teachers that they learn from (a single one always), and the
+    teachers that those start from.
+    """
     unknown = set(names) - {row["name"] for row in rows}
     if unknown:
         known = ", ".join(row["name"] for row in rows)
         raise ConfigError(f"--only: no row '{min(unknown)}' in the suite, whose rows are {known}")
     teachers = {os.path.normpath(x["config"]): x for x in rows if x.get("role") == "teacher"}
-    chosen = [row for row in rows if row["name"] in names]
-    needed = list(teachers.values())
-    if len(teachers) > 1:
-        needed = [_teacher_of(row, teachers) for row in chosen if row not in needed]
-        needed += [x for x in rows for row in needed if row and x["name"] == row.get("init")]
-    return [row for row in rows if row in chosen or row in needed]
+    learning = [x for x in rows if x["name"] in names and x.get("role") != "teacher"]
+    needed = [_teacher_of(row, teachers) for row in learning]
+    kept = {*names, *(row["name"] for row in needed if row)}
+    if len(teachers) == 1:
+        kept |= {row["name"] for row in teachers.values()}
+    for row in reversed(rows):  # a teacher starts from one above it
+        if row["name"] in kept and "init" in row:
+            kept.add(row["init"])
+    return [row for row in rows if row["name"] in kept]
 
 
 def _teacher_of(row: dict, by_config: dict):

@@ -137,7 +137,7 @@ def box_weight(
         (N, A, H, W).
     """
     best = target.float().amax(2).sigmoid()
-    use = best >= LEAST_PROBABILITY if confident else torch.zeros_like(best, dtype=torch.bool)
+    use = (best >= LEAST_PROBABILITY) & confident
     if positive is not None:
         use = use | positive
     if counted is not None:

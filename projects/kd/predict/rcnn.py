@@ -191,12 +191,12 @@ class RCNNPredictor(Predictor):
         return Pairs(
             proposals=proposals,
             regions=[
-                self._regions(predictor.box2box_transform, ours, theirs, regions, jitter)
+                self._region_pair(predictor.box2box_transform, ours, theirs, regions, jitter)
                 for (_, predictor), ours, theirs, regions in stages
             ],
         )
 
-    def _regions(self, transform, student, target, regions, jitter) -> RegionPair:
+    def _region_pair(self, transform, student, target, regions, jitter) -> RegionPair:
         (logits, deltas), (target_logits, target_deltas) = student, target
         boxes = torch.cat([x.proposal_boxes.tensor for x in regions])
         classes = torch.cat([x.gt_classes for x in regions])
