@@ -5,10 +5,10 @@
     python tools/benchmark.py --heads CWD --task step --threads 1
     python tools/benchmark.py --config-file configs/... --memory --output step.json [KEY VALUE ...]
 
-Protocol: one image of 512x512 noise with 20 boxes, random weights (times do not depend on them, so
-no file is needed), 3 warm-up rounds, 11 rounds in which A and B take turns. A ratio is the median
-of the 11 per-round ratios, with its interquartile range. A student step is forward, task losses,
-backward and optimizer step. The ratio of a head is
+Protocol: one image (--images) of 512x512 noise with 20 boxes, random weights (times do not depend
+on them, so no file is needed), 3 warm-up rounds, 11 rounds in which A and B take turns. A ratio is
+the median of the 11 per-round ratios, with its interquartile range. A student step is forward, task
+losses, backward and optimizer step. The ratio of a head is
 
     whole distillation step with this head / (student step + teacher's forward),
 
@@ -75,6 +75,7 @@ def parse_arguments(argv=None):
     add("--task", choices=(*TASKS, "all"), default="all")
     add("--size", type=size, default=(512, 512), metavar="HxW")
     add("--boxes", type=int, default=20)
+    add("--images", type=int, default=1, help="in the batch; PSPNet with BatchNorm needs two")
     add("--pairs", type=int, default=PAIRS, help="timed rounds")
     add("--memory", action="store_true", help="also count memory")
     add("--memory-size", type=size, default=(800, 1344), metavar="HxW")
@@ -140,7 +141,8 @@ class Run:
         return interleave(actions, bench.device, rounds=self.args.pairs, tick=tick)
 
     def _bench(self, heads=(), **kwargs):
-        kwargs = {"image_size": self.args.size, "boxes": self.args.boxes, **kwargs}
+        of_batch = {"boxes": self.args.boxes, "images": self.args.images}
+        kwargs = {"image_size": self.args.size, **of_batch, **kwargs}
         return Bench(self.cfg, heads or self.heads[:1], **kwargs)
 
     def data(self) -> dict:
@@ -194,7 +196,8 @@ class Run:
         return {"step": result}
 
     def mask(self) -> dict:
-        bench = self._bench(("FGFI",), image_size=self.args.mask_size, boxes=self.args.mask_boxes)
+        size, boxes = self.args.mask_size, self.args.mask_boxes
+        bench = self._bench(("FGFI",), image_size=size, boxes=boxes, images=1)
         head = bench.model.heads["FGFI"]
         if head.grid_anchors is None:
             raise ConfigError("--task mask: the loop over boxes needs detectron2's own anchors")
@@ -320,7 +323,7 @@ def main(args):
         for name, run in runs.items():
             for action, _ in run.plan():
                 results[name] |= action()
-    keys = ("size", "boxes", "pairs", "memory_size", "mask_size", "mask_boxes", "opts")
+    keys = ("size", "boxes", "images", "pairs", "memory_size", "mask_size", "mask_boxes", "opts")
     report = {
         "protocol": {"warm_up": WARM_UP, **{key: getattr(args, key) for key in keys}},
         "machine": machine(args),

@@ -24,18 +24,21 @@ class Bench:
     Args:
         cfg: a distillation config whose detectors load no weights.
         heads: names of imitation heads, instead of KD.HEADS.
-        image_size: (height, width) of the one image.
-        boxes: ground-truth boxes on it.
+        image_size: (height, width) of each image.
+        boxes: ground-truth boxes on each.
+        images: in the batch.
     """
 
-    def __init__(self, cfg, heads, image_size, boxes):
+    def __init__(self, cfg, heads, image_size, boxes, images=1):
         self.cfg = cfg.clone()
         self.cfg.KD.HEADS = tuple(heads)
         torch.manual_seed(0)
         self.model = build_training_model(self.cfg).train()
         self.device = self.model.device
         segments = offers(self.cfg.MODEL.META_ARCHITECTURE, "sem_seg")
-        self.batch = random_batch(image_size, boxes, self._classes(), label_maps=segments)
+        self.batch = random_batch(
+            image_size, boxes, self._classes(), images=images, label_maps=segments
+        )
         for x in self.batch if self.model.teacher_scale != 1 else ():
             size = scaled_size(x["image"].shape[-2:], self.model.teacher_scale)
             x["image_teacher"] = F.interpolate(x["image"][None], size=size)[0]

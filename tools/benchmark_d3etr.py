@@ -1,0 +1,219 @@
+#!/usr/bin/env python
+"""Time and memory of D3ETR on a Conditional DETR pair with random weights.
+
+    python tools/benchmark_d3etr.py [--threads 2] [--rounds 5] [--output x.json]
+        [--config-file configs/COCO-DETR/...d3etr...yaml] [KEY VALUE ...]
+
+Two images of noise of 800x1333 with 20 boxes each. Measured:
+
+  matching    cost matrices of all decoder layers and their assignment: the adaptive pairs of
+              student and teacher, and beside it the student's own matching with ground truth
+  step        the whole distillation step against what it cannot do without: student step, teacher's
+              forward pass, and one more group of queries through the student's decoder, forward and
+              backward; in turns, median of the rounds' ratios with its quartiles
+  memory      what tensors hold at most, beyond queries and keys, in the attention terms of both
+              groups and all layers, forward and backward; beside it, the same terms from attention
+              maps that are all kept in fp32
+
+Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch  # noqa: E402
+from detectron2.utils.events import EventStorage  # noqa: E402
+from tabulate import tabulate  # noqa: E402
+
+from projects.kd import load_config  # noqa: E402
+from projects.kd.benchmark import Bench  # noqa: E402
+from projects.kd.errors import exit_on_user_error  # noqa: E402
+from projects.kd.functional.d3etr import layer_map  # noqa: E402
+from projects.kd.heads.d3etr import Pairs  # noqa: E402
+from projects.kd.measure import Spread, interleave, peak_bytes, ratio  # noqa: E402
+from projects.kd.modeling.set_criterion import Targets  # noqa: E402
+
+CONFIG = "configs/COCO-DETR/conditional_detr_R18_C5_from_R50_d3etr_50ep.yaml"
+BOXES, MIB = 20, 2**20
+
+
+def build(args) -> Bench:
+    """The pair, without files and with a rate that moves nothing."""
+    cfg = load_config(args.config_file, args.opts)
+    no_weights = ["MODEL.WEIGHTS", "", "KD.TEACHER.WEIGHTS", "", "KD.TEACHER.ALLOW_MISSING", True]
+    teacher = ["KD.TEACHER.OPTS", [*cfg.KD.TEACHER.OPTS, "MODEL.WEIGHTS", ""]]
+    cfg.merge_from_list([*no_weights, *teacher, "SOLVER.BASE_LR", 1e-8, "MODEL.DEVICE", "cpu"])
+    return Bench(cfg, ("D3ETR",), args.size, BOXES, images=args.images)
+
+
+def matching(bench: Bench, rounds: int) -> dict:
+    """Seconds of the adaptive and of the ground-truth matching."""
+    head, ctx, student = bench.model.heads["D3ETR"], bench.ctx, bench.model.student
+    decoded = ctx.student_outputs["decoded"]
+    targets = Targets.of(ctx.gt, bench.device)
+
+    @torch.no_grad()
+    def ground_truth():
+        student.criterion.match(decoded.logits, decoded.boxes, targets)
+
+    @torch.no_grad()
+    def adaptive():
+        head.adaptive_pairs(decoded, ctx.teacher_outputs["decoded"])
+
+    actions = {"adaptive": adaptive, "ground truth": ground_truth}
+    return interleave(actions, rounds=max(rounds, 11))
+
+
+def steps(bench: Bench, rounds: int) -> dict:
+    """Seconds of the whole step and of its floor."""
+    student = bench.model.student
+    memory = _detached(bench.ctx.student_outputs["decoded"].memory)
+    queries = torch.randn_like(student.query_embed.weight).requires_grad_()
+
+    def second_group():
+        decoded = student.decode(memory, queries)
+        (decoded.logits.sum() + decoded.boxes.sum()).backward()
+
+    base = bench.base()
+
+    def floor():
+        base()
+        second_group()
+
+    actions = {"floor": floor, "whole": bench.step(bench.model)}
+    seconds = interleave(actions, rounds=rounds, warm_up=1)
+    actions["whole"].clear()
+    return seconds
+
+
+def attention_terms(bench: Bench) -> dict:
+    """The sum of the attention terms, forward and backward: ours, and with all maps kept."""
+    head, ctx = bench.model.heads["D3ETR"], bench.ctx
+    student, teacher = ctx.student_outputs["decoded"], ctx.teacher_outputs["decoded"]
+    layers = layer_map(len(student.logits), len(teacher.logits))
+    with torch.no_grad():
+        pairs = head.adaptive_pairs(student, teacher)
+        second = head.second_group(ctx, student)
+    head.terms = {"self": 1.0, "cross": 1.0}
+    groups = [_with_gradient(student), _with_gradient(second)]
+    chosen = [pairs, [Pairs()] * len(layers)]
+
+    def ours():
+        total = 0.0
+        for group, own in zip(groups, chosen, strict=True):
+            for k, other in enumerate(layers):
+                total = total + sum(head._terms(group, k, teacher, other, own[k]).values())
+        total.backward()
+        return total.item()
+
+    def full_maps():
+        total = 0.0
+        for group, own in zip(groups, chosen, strict=True):
+            for k, other in enumerate(layers):
+                index = own[k]
+                for name in ("self_attention", "cross_attention"):
+                    maps = [getattr(x, name)[i].map() for x, i in ((group, k), (teacher, other))]
+                    chosen_rows = [
+                        _rows(x, i, columns=name == "self_attention")
+                        for x, i in zip(maps, (index.student, index.teacher), strict=True)
+                    ]
+                    own_map, target = (x.clamp(min=1e-12) for x in chosen_rows)
+                    total = total + (target * (target.log() - own_map.log())).sum(-1).mean()
+        total.backward()
+        return total.item()
+
+    return {"ours": ours, "full maps": full_maps}
+
+
+def _rows(maps, index, columns: bool):
+    """Rows (and columns) of the pairs; rows sum to 1 again."""
+    if index is None:
+        return maps
+    maps = torch.take_along_dim(maps, index[:, None, :, None], dim=2)
+    if columns:
+        maps = torch.take_along_dim(maps, index[:, None, None, :], dim=3)
+        maps = maps / maps.sum(-1, keepdim=True)
+    return maps
+
+
+def _detached(memory):
+    tensors = {"keys": memory.keys, "values": memory.values}
+    return dataclasses.replace(
+        memory, **{k: [x.detach().requires_grad_() for x in v] for k, v in tensors.items()}
+    )
+
+
+def _with_gradient(decoded):
+    """Queries and keys as leaves: memory is counted from them on."""
+
+    def leaves(attentions):
+        return [
+            dataclasses.replace(
+                x,
+                query=x.query.detach().requires_grad_(),
+                key=x.key.detach().requires_grad_(),
+            )
+            for x in attentions
+        ]
+
+    return dataclasses.replace(
+        decoded,
+        self_attention=leaves(decoded.self_attention),
+        cross_attention=leaves(decoded.cross_attention),
+    )
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", default=CONFIG)
+    parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
+    parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0, help="default: torch's")
+    parser.add_argument("--output", default="", help="a .json file for all numbers")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE ...")
+    return parser.parse_args(argv)
+
+
+def main(args) -> dict:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    logging.disable(logging.WARNING)
+    with EventStorage(1):
+        bench = build(args)
+        seconds = matching(bench, args.rounds) | steps(bench, args.rounds)
+        memory = {name: peak_bytes(action) for name, action in attention_terms(bench).items()}
+    share = ratio(seconds["whole"], seconds["floor"])
+    spreads = {name: Spread.of(values) for name, values in seconds.items()}
+    rows = [
+        [name, f"{1e3 * x.median:.1f} ({1e3 * x.low:.1f}-{1e3 * x.high:.1f}) ms"]
+        for name, x in spreads.items()
+    ]
+    rows.append(["whole / floor", f"{share.median:.3f} ({share.low:.3f}-{share.high:.3f})"])
+    rows += [[f"attention terms, {name}", f"{m / MIB:.0f} MiB"] for name, m in memory.items()]
+    rows.append(["ours / full maps", f"{memory['ours'] / memory['full maps']:.3f}"])
+    print(tabulate(rows, ["part", "median (quartiles)"]))
+    result = {
+        "config": args.config_file, "images": args.images, "size": list(args.size), "boxes": BOXES,
+        "threads": torch.get_num_threads(), "bytes": memory, "step": share.as_dict(),
+        "seconds": {name: x.as_dict() for name, x in spreads.items()},
+    }  # fmt: skip
+    if args.output:
+        with open(args.output, "w") as file:
+            json.dump(result, file, indent=1)
+    return result
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(parse_arguments())
