@@ -1,4 +1,4 @@
-"""tools/compare.py: which runs it makes, what it keeps, and what it writes; trainings are faked."""
+"""tools/compare.py and its suites: which runs it makes, what it keeps, and what it writes; trainings are faked."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from projects.kd import suites
 from projects.kd.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,7 +72,7 @@ def toy_data(tmp_path):
     MetadataCatalog.remove("compare_toy")
 
 
-def fake_training(monkeypatch, compare, scores, status=0):
+def fake_training(monkeypatch, scores, status=0):
     """Each call writes what train_net.py would; returns the list of commands."""
     commands = []
 
@@ -88,19 +89,19 @@ def fake_training(monkeypatch, compare, scores, status=0):
         (folder / "inference" / "coco_instances_results.json").write_text(json.dumps([box]))
         return 0
 
-    monkeypatch.setattr(compare, "run_quietly", run)
+    monkeypatch.setattr(suites, "run_quietly", run)
     return commands
 
 
 def execute(compare, suite, output, seeds=(1, 2), opts=()):
-    runs = compare.make_runs(suite, list(seeds), str(output), list(opts))
+    runs = suites.make_runs(suite, list(seeds), str(output), list(opts))
     for i, run in enumerate(runs):
         run.execute(f"{i}")
     return compare.write_report(suite, runs, str(output), "command")
 
 
-def test_teacher_first_then_seed_by_seed_with_its_weights(compare, suite, tmp_path):
-    runs = compare.make_runs(suite, [1, 2], str(tmp_path), ["SOLVER.BASE_LR", 0.1])
+def test_teacher_first_then_seed_by_seed_with_its_weights(suite, tmp_path):
+    runs = suites.make_runs(suite, [1, 2], str(tmp_path), ["SOLVER.BASE_LR", 0.1])
     assert [run.label for run in runs] == [
         "teacher", "student, seed 1", "student+X, seed 1", "student, seed 2", "student+X, seed 2"
     ]  # fmt: skip
@@ -108,7 +109,7 @@ def test_teacher_first_then_seed_by_seed_with_its_weights(compare, suite, tmp_pa
     assert all(run.opts[:2] != ["KD.TEACHER.WEIGHTS", weights] for run in runs[:1])
     for run in runs[1:]:
         if run.row["name"] == "student":
-            assert run.teacher is None and "KD.TEACHER.WEIGHTS" not in run.opts
+            assert run.needs is None and "KD.TEACHER.WEIGHTS" not in run.opts
         else:
             assert run.opts[run.opts.index("KD.TEACHER.WEIGHTS") + 1] == weights
         assert run.opts[-2:] == ["SEED", run.seed]
@@ -116,36 +117,36 @@ def test_teacher_first_then_seed_by_seed_with_its_weights(compare, suite, tmp_pa
     assert len({run.dir for run in runs}) == 5
 
 
-def test_of_several_teachers_each_row_gets_the_one_it_names(compare, tmp_path):
-    suite = compare.read_suite("configs/suites/shapes_detectors.yaml")
-    runs = compare.make_runs(suite, [1], str(tmp_path), [])
+def test_of_several_teachers_each_row_gets_the_one_it_names(tmp_path):
+    suite = suites.read_suite("configs/suites/shapes_detectors.yaml")
+    runs = suites.make_runs(suite, [1], str(tmp_path), [])
     teachers = [run for run in runs if run.row.get("role") == "teacher"]
     assert len(teachers) == 9 and runs[:9] == teachers
     for run in runs[9:]:
         family = run.row["config"].split("_student")[0]
         if run.row["config"].endswith("_student.yaml"):
-            assert run.teacher is None and "KD.TEACHER.WEIGHTS" not in run.opts
+            assert run.needs is None and "KD.TEACHER.WEIGHTS" not in run.opts
         else:
-            assert run.teacher.row["config"] == f"{family}_teacher.yaml"
+            assert run.needs.row["config"] == f"{family}_teacher.yaml"
             weights = run.opts[run.opts.index("KD.TEACHER.WEIGHTS") + 1]
-            assert weights == os.path.join(run.teacher.dir, "model_final.pth")
+            assert weights == os.path.join(run.needs.dir, "model_final.pth")
     suite["rows"] = [row for row in suite["rows"] if row["name"] != "FCOS teacher"]
     with pytest.raises(ConfigError, match="'FCOS student.CWD' learns from .*fcos_teacher.yaml"):
-        compare.make_runs(suite, [1], str(tmp_path), [])
+        suites.make_runs(suite, [1], str(tmp_path), [])
     suite["rows"] += [dict(suite["rows"][0], name="again")]
     with pytest.raises(ConfigError, match="same config"):
-        compare.make_runs(suite, [1], str(tmp_path), [])
+        suites.make_runs(suite, [1], str(tmp_path), [])
 
 
-def test_only_keeps_the_named_rows_and_the_teachers_they_learn_from(compare, suite):
+def test_only_keeps_the_named_rows_and_the_teachers_they_learn_from(suite):
     def names(rows, *only):
-        return [row["name"] for row in compare.select_rows(rows, list(only))]
+        return [row["name"] for row in suites.select_rows(rows, list(only))]
 
     assert names(suite["rows"], "student") == ["student", "teacher"]
-    rows = compare.read_suite("configs/suites/shapes_detectors.yaml")["rows"]
+    rows = suites.read_suite("configs/suites/shapes_detectors.yaml")["rows"]
     assert names(rows, "FCOS student") == ["FCOS student"]
     assert names(rows, "FCOS student+CWD") == ["FCOS teacher", "FCOS student+CWD"]
-    rows = compare.read_suite("configs/suites/shapes_methods.yaml")["rows"]
+    rows = suites.read_suite("configs/suites/shapes_methods.yaml")["rows"]
     both = ["teacher", "teacher 2x", "student+SDF 2x"]  # the second starts from the first
     assert names(rows, "student+SDF 2x") == both
     assert names(rows, "teacher 2x") == both[:2]
@@ -153,9 +154,9 @@ def test_only_keeps_the_named_rows_and_the_teachers_they_learn_from(compare, sui
         names(rows, "studnet")
 
 
-def test_a_teacher_starts_from_the_weights_of_another(compare, tmp_path):
-    suite = compare.read_suite("configs/suites/shapes_methods.yaml")
-    first, second, student, *_ = compare.make_runs(suite, [1], str(tmp_path), [])
+def test_a_teacher_starts_from_the_weights_of_another(tmp_path):
+    suite = suites.read_suite("configs/suites/shapes_methods.yaml")
+    first, second, student, *_ = suites.make_runs(suite, [1], str(tmp_path), [])
     weights = os.path.join(first.dir, "model_final.pth")
     assert second.opts[second.opts.index("MODEL.WEIGHTS") + 1] == weights
     assert "MODEL.WEIGHTS" not in first.opts + student.opts
@@ -164,11 +165,11 @@ def test_a_teacher_starts_from_the_weights_of_another(compare, tmp_path):
     assert second.stamp() != stamp  # another first teacher makes another second
     suite["rows"] = [row for row in suite["rows"] if row["name"] != "teacher"]
     with pytest.raises(ConfigError, match="'teacher 2x' starts from 'teacher', which is no row"):
-        compare.make_runs(suite, [1], str(tmp_path), [])
+        suites.make_runs(suite, [1], str(tmp_path), [])
 
 
 def test_report_and_pictures(compare, suite, tmp_path, toy_data, monkeypatch):
-    commands = fake_training(monkeypatch, compare, [30.0, 1.0, 4.0, 3.0, 8.0])
+    commands = fake_training(monkeypatch, [30.0, 1.0, 4.0, 3.0, 8.0])
     report = execute(compare, suite, tmp_path / "out")
     assert len(commands) == 5
     on_disk = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -183,16 +184,16 @@ def test_report_and_pictures(compare, suite, tmp_path, toy_data, monkeypatch):
 
 def test_several_jobs_share_the_threads(compare, suite, tmp_path, toy_data, monkeypatch):
     seen = []
-    fake_training(monkeypatch, compare, [30.0, 1.0, 4.0, 3.0, 8.0])
-    fake = compare.run_quietly
+    fake_training(monkeypatch, [30.0, 1.0, 4.0, 3.0, 8.0])
+    fake = suites.run_quietly
 
     def run(command, log, progress, threads):
         seen.append((progress, threads))
         return fake(command, log, progress, threads)
 
-    monkeypatch.setattr(compare, "run_quietly", run)
+    monkeypatch.setattr(suites, "run_quietly", run)
     monkeypatch.setattr(compare.os, "cpu_count", lambda: 6)
-    runs = compare.make_runs(suite, [1, 2], str(tmp_path), [])
+    runs = suites.make_runs(suite, [1, 2], str(tmp_path), [])
     report = compare.execute_all(suite, runs, str(tmp_path), "command", jobs=2)
     assert seen[0] == ("1/5", 0)
     assert sorted(seen[1:]) == [(f"{i}/5", 3) for i in range(2, 6)]
@@ -204,7 +205,7 @@ def test_several_jobs_share_the_threads(compare, suite, tmp_path, toy_data, monk
 def test_finished_runs_are_kept_and_changed_ones_moved_aside(
     compare, suite, tmp_path, toy_data, monkeypatch
 ):
-    commands = fake_training(monkeypatch, compare, [float(i) for i in range(20)])
+    commands = fake_training(monkeypatch, [float(i) for i in range(20)])
     execute(compare, suite, tmp_path, seeds=[1])
     assert len(commands) == 3
     execute(compare, suite, tmp_path, seeds=[1])
@@ -218,39 +219,39 @@ def test_finished_runs_are_kept_and_changed_ones_moved_aside(
     assert len(commands) == 6
 
 
-def test_an_interrupted_run_is_resumed(compare, suite, tmp_path, toy_data, monkeypatch):
-    run = compare.make_runs(suite, [1], str(tmp_path), [])[1]
-    fake_training(monkeypatch, compare, [], status=1)
+def test_an_interrupted_run_is_resumed(suite, tmp_path, toy_data, monkeypatch):
+    run = suites.make_runs(suite, [1], str(tmp_path), [])[1]
+    fake_training(monkeypatch, [], status=1)
     with pytest.raises(ConfigError, match="student, seed 1 failed .*something is wrong"):
         run.execute("1/1")
     (Path(run.dir) / "last_checkpoint").write_text("model_0000004.pth")
-    commands = fake_training(monkeypatch, compare, [1.0])
+    commands = fake_training(monkeypatch, [1.0])
     run.execute("1/1")
     assert "--resume" in commands[0]
 
 
-def test_a_suite_without_rows_is_refused(compare, tmp_path):
+def test_a_suite_without_rows_is_refused(tmp_path):
     path = tmp_path / "suite.yaml"
     path.write_text(yaml.safe_dump({"dataset": "x"}))
     with pytest.raises(ConfigError, match="dataset and rows"):
-        compare.read_suite(str(path))
+        suites.read_suite(str(path))
     path.write_text("rows: [")
     with pytest.raises(ConfigError, match="cannot read"):
-        compare.read_suite(str(path))
+        suites.read_suite(str(path))
 
 
-def test_an_unknown_task_is_refused(compare, tmp_path):
+def test_an_unknown_task_is_refused(tmp_path):
     path = tmp_path / "suite.yaml"
     rows = [{"name": "a", "config": "b"}]
     path.write_text(yaml.safe_dump({"dataset": "x", "rows": rows, "task": "boxes"}))
     with pytest.raises(ConfigError, match="task is none of bbox, segm, keypoints, sem_seg"):
-        compare.read_suite(str(path))
+        suites.read_suite(str(path))
 
 
-def test_the_shipped_suites_are_read_and_name_existing_configs(compare):
+def test_the_shipped_suites_are_read_and_name_existing_configs():
     root = Path(__file__).resolve().parents[1]
     for path in (root / "configs" / "suites").glob("*.yaml"):
-        suite = compare.read_suite(str(path))
+        suite = suites.read_suite(str(path))
         names = [row["name"] for row in suite["rows"]]
         assert suite.get("baseline", names[0]) in names, path
         assert set(suite.get("show", names)) <= set(names), path
