@@ -1,4 +1,4 @@
-"""tools/compare.py and its suites: which runs it makes, what it keeps, and what it writes; trainings are faked."""
+"""tools/compare.py and its suites: which runs, what is kept and written; trainings are faked."""
 
 from __future__ import annotations
 
