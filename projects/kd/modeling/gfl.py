@@ -22,6 +22,8 @@ from ..functional.gfl import (
     sides_to_boxes,
 )
 from ..heads.base import mean_over_ranks
+from ..predict import register_predictor
+from ..predict.gfl import GFLPredictor
 from ..taps import register_class_key
 from .square_anchors import SquareAnchorDetector, points_of, square_anchors
 
@@ -241,3 +243,4 @@ class GFL(SquareAnchorDetector):
 
 
 register_class_key("GFL", "MODEL.GFL.NUM_CLASSES")
+register_predictor("GFL", GFLPredictor)

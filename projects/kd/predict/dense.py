@@ -22,7 +22,7 @@ class DensePredictions:
 
     Attributes:
         logits: (N, A * K, H, W).
-        deltas: (N, A * 4, H, W).
+        deltas: (N, A * D, H, W), D = 4 but for detectors with other boxes.
     """
 
     logits: list[torch.Tensor]
@@ -168,11 +168,11 @@ def level_pair(
 
 
 def decode(deltas: torch.Tensor, anchors: Boxes, transform, mask: torch.Tensor | None):
-    """Boxes (N, A, H, W, 4) of deltas (N, A * 4, H, W); outside of the mask the anchors."""
+    """Boxes (N, A, H, W, 4) of deltas (N, A * D, H, W); outside of the mask, of deltas of 0."""
     if mask is not None:  # before the exponential: what lies outside may be infinite
         deltas = deltas.masked_fill(~mask, 0.0)
-    count, _, height, width = deltas.shape
-    flat = flatten_cells([deltas], 4)[0].flatten(0, 1)
+    count, channels, height, width = deltas.shape
+    flat = flatten_cells([deltas], channels * height * width // len(anchors))[0].flatten(0, 1)
     boxes = transform.apply_deltas(flat, anchors.tensor.repeat(count, 1))
     return boxes.view(count, height, width, -1, 4).permute(0, 3, 1, 2, 4)
 

@@ -48,6 +48,11 @@ class RetinaNetPredictor(Predictor):
         """MODEL.RETINANET.NUM_CLASSES."""
         return self.model.num_classes
 
+    @property
+    def box_width(self) -> int:
+        """Numbers of an anchor in ``deltas``."""
+        return 4
+
     def match(self, teacher, scale, key):
         """See :func:`match_anchors`."""
         if type(teacher) is not RetinaNetPredictor:
@@ -75,7 +80,7 @@ class RetinaNetPredictor(Predictor):
     def losses(self, predictions, assigned):
         """``loss_cls`` and ``loss_box_reg``, divided by the student's current normaliser."""
         logits = flatten_cells(predictions.logits, self.num_classes)
-        deltas = flatten_cells(predictions.deltas, 4)
+        deltas = flatten_cells(predictions.deltas, self.box_width)
         with normaliser_at_rest(self.model), get_event_storage().name_scope("assistant"):
             return self.model.losses(
                 assigned.anchors, logits, assigned.labels, deltas, assigned.boxes
@@ -84,7 +89,7 @@ class RetinaNetPredictor(Predictor):
     def pairs(self, student, target, assigned, *, levels, masks, match=None, jitter=0.0):
         """One entry a level; anchors that the matcher ignores do not count."""
         match = identity_matches(self.levels) if match is None else match
-        labels = unflatten_cells(torch.stack(assigned.labels), student.deltas, 4)
+        labels = unflatten_cells(torch.stack(assigned.labels), student.deltas, self.box_width)
         dense = []
         for place, level in enumerate(self.levels):
             if level in levels and level in match:

@@ -1,0 +1,38 @@
+"""How GFL predicts: as RetinaNet does, on one square a cell, a side being a distribution."""
+
+from __future__ import annotations
+
+from detectron2.utils.events import get_event_storage
+
+from .dense import flatten_cells, match_anchors
+from .retinanet import RetinaNetPredictor
+
+
+class GFLPredictor(RetinaNetPredictor):
+    """Class logits (of the quality of a box) and logits of the sides' bins.
+
+    Boxes are compared after the integral, so student and teacher may have other numbers of bins.
+    """
+
+    name = "GFL"
+
+    @property
+    def box_width(self):
+        """4 * (n + 1), n of MODEL.GFL.REG_MAX."""
+        return 4 * (self.model.reg_max + 1)
+
+    def match(self, teacher, scale, key):
+        """See :func:`match_anchors`; a location counts as its square of 8 strides."""
+        if not isinstance(teacher, GFLPredictor):
+            raise self.other_family(teacher, key)
+        generators = self.model.anchor_generator, teacher.model.anchor_generator
+        return match_anchors(*generators, self.levels, scale, key)
+
+    def losses(self, predictions, assigned):
+        """``loss_gfl_cls``, ``_box`` and ``_dfl``."""
+        logits = flatten_cells(predictions.logits, self.num_classes)
+        bins = flatten_cells(predictions.deltas, self.box_width)
+        with get_event_storage().name_scope("assistant"):
+            return self.model.losses(
+                assigned.anchors, logits, bins, assigned.labels, assigned.boxes
+            )
