@@ -13,6 +13,11 @@ def _run_dense_head(model, features):
     model.head([features[level] for level in model.head_in_features])
 
 
+def _dense_channels(model) -> int | None:
+    """A * K, where the head's last layer has the name that detectron2's and ours have."""
+    return getattr(getattr(model.head, "cls_score", None), "out_channels", None)
+
+
 def _run_sem_seg_head(model, features):
     head = model.sem_seg_head
     getattr(head, "layers", head)(features)  # without the upsampling, where it can be left out
@@ -27,7 +32,11 @@ _SHARED = {"features": TapSpec("backbone"), "bottom_up": TapSpec("backbone.botto
 
 # DenseDetector is the base class of RetinaNet and FCOS. ``dense`` gives, per kind of prediction
 # (class logits, box deltas, ...), a list over levels of (N, A * K, H, W).
-register_taps("DenseDetector", **_SHARED, dense=TapSpec("head", run=_run_dense_head))
+register_taps(
+    "DenseDetector",
+    **_SHARED,
+    dense=TapSpec("head", run=_run_dense_head, channels=_dense_channels),
+)
 # ``rpn`` gives objectness (N, A, H, W) and deltas (N, A * 4, H, W), both a list over levels;
 # ``box`` class logits (R, K + 1) and deltas (R, K * 4) of the sampled proposals, in their order, of
 # a cascade a list over its stages;

@@ -35,8 +35,8 @@ class TapSpec:
             reaches the module.
         select: turns the module's output into what heads receive. None: the output itself.
         take_input: keep the module's (first) input in place of its output.
-        channels: ``channels(model)`` = C of a (N, C, H, W) tap, for taps that are compared as maps
-            and are no backbone levels.
+        channels: ``channels(model)`` = C of a (N, C, H, W) tap (of ``dense``: of its logits; None
+            if it is not known), for taps that are compared as maps and are no backbone levels.
         every_call: False keeps the first output of a step, True the list of all outputs (a module
             called for each level, stage or image). A ``ModuleList`` always gives the list of its
             members' outputs.
@@ -49,7 +49,7 @@ class TapSpec:
     select: Callable[[Any], Any] | None = None
     every_call: bool = False
     take_input: bool = False
-    channels: Callable[[nn.Module], int] | None = None
+    channels: Callable[[nn.Module], int | None] | None = None
     with_images: bool = False
 
     @property

@@ -4,7 +4,15 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from heads.contract import HeadContract
-from kd_testing import STRIDES, head_cfg, make_context, toy_info, wave
+from kd_testing import (
+    CHANNELS,
+    STRIDES,
+    head_cfg,
+    make_context,
+    toy_info,
+    toy_retinanet,
+    wave,
+)
 
 from projects.kd.errors import ConfigError
 from projects.kd.heads import build_imitation_heads
@@ -71,6 +79,14 @@ def test_other_anchors_or_classes_are_refused_in_the_first_step():
     ctx.teacher_outputs["dense"][0][1] = torch.randn(2, 12, 4, 4)
     with pytest.raises(ConfigError, match="KD.CWD.TARGET.* at p4 the student has 8 .* teacher 12"):
         head(ctx)
+
+
+def test_other_anchors_or_classes_are_refused_when_built_where_the_detectors_tell():
+    teacher = toy_retinanet()
+    teacher.head.cls_score = torch.nn.Conv2d(CHANNELS, 12, 3)
+    infos = [toy_info(CHANNELS, model=model) for model in (toy_retinanet(), teacher)]
+    with pytest.raises(ConfigError, match="KD.CWD.TARGET.* the student has 8 .* teacher 12"):
+        build(student=infos[0], teacher=infos[1], TARGET="dense")
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])

@@ -116,12 +116,9 @@ class MapImitation(ImitationHead):
         ours, theirs = self.dense_index[level]
         student = ctx.student_outputs["dense"][0][ours]
         teacher = ctx.teacher_outputs["dense"][0][theirs]
-        if self.by_channel and student.shape[1] != teacher.shape[1]:
-            raise ConfigError(
-                f"KD.{head_name(type(self)).upper()}.TARGET: 'dense' compares anchors x classes "
-                f"one by one, but at {level} the student has {student.shape[1]} of them and the "
-                f"teacher {teacher.shape[1]}; use 'features'"
-            )
+        if self.by_channel:
+            key = f"KD.{head_name(type(self)).upper()}.TARGET"
+            _check_dense(key, student.shape[1], teacher.shape[1], f" at {level}")
         return student, teacher
 
     def extra_repr(self) -> str:
@@ -129,17 +126,28 @@ class MapImitation(ImitationHead):
         return f"target={self.target}, {super().extra_repr()}"
 
 
-def channels_of(info: ModelInfo, target: str) -> int:
-    """Channels of a target without levels, as the detector's tap says."""
-    return taps_for(info.model)[target].channels(info.model)
+def channels_of(info: ModelInfo, target: str) -> int | None:
+    """Channels of a target that is no backbone level, as the detector's tap says."""
+    spec = taps_for(info.model).get(target)
+    return spec.channels(info.model) if spec is not None and spec.channels else None
+
+
+def _check_dense(key: str, ours: int, theirs: int, where: str = "") -> None:
+    if ours != theirs:
+        raise ConfigError(
+            f"{key}: 'dense' compares anchors x classes one by one, but{where} the student has "
+            f"{ours} of them and the teacher {theirs}; use 'features'"
+        )
 
 
 def _adapters(cfg, key, target, levels, student, teacher) -> nn.ModuleDict:
     if target == "features":
         return build_adapters(cfg.KD.ADAPTER.TYPE, levels, student, teacher)
-    if target == "dense":
-        return nn.ModuleDict()  # the number of anchors is seen in the first step
     ours, theirs = (channels_of(info, target) for info in (student, teacher))
+    if target == "dense":
+        if None not in (ours, theirs):  # else it is seen in the first step
+            _check_dense(key, ours, theirs)
+        return nn.ModuleDict()
     if target == "decoder":
         return nn.ModuleDict({target: build_adapter(cfg.KD.ADAPTER.TYPE, ours, theirs)})
     if ours != theirs:
