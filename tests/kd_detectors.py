@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from detectron2.structures import Keypoints, PolygonMasks, pairwise_iou
 from detectron2.utils.events import EventStorage
-from kd_models import CLASSES, distill_cfg, make_batch, tiny_cfg
+from kd_models import (
+    CLASSES,
+    build_wrapper,
+    distill_cfg,
+    losses_at,
+    make_batch,
+    tiny_cfg,
+    train_steps,
+)
 
 KEYPOINTS = 4
 STUFF = 4  # classes of the semantic branch
@@ -138,3 +146,13 @@ def overfit(model, batch, steps: int, lr: float = 2e-3) -> float:
         overlap *= truth.gt_classes[:, None] == found.pred_classes[None]
         best += overlap.amax(1).tolist()
     return sum(best) / len(best)
+
+
+def trained_on_predictions(detector, teacher, head):
+    """Losses of a late step with OutputKD or CSA: all, and the head's own; then two steps."""
+    model = build_wrapper(detector_distill_cfg(detector, teacher, (head,)))
+    batch = full_batch()
+    losses = losses_at(model, batch, iteration=10**5)
+    train_steps(model, batch, steps=2, lr=1e-3)
+    own = [v for k, v in losses.items() if k.startswith(f"loss_kd_{head.lower()}")]
+    return list(losses.values()), own

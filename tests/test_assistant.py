@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
-from pathlib import Path
 
 import kd_models
 import pytest
@@ -13,6 +11,7 @@ import torch
 import toy_data
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import convert_to_coco_json
+from kd_scripts import load_script
 
 from projects.kd.assistant import AssistantDetector, build_assistant, judge
 from projects.kd.errors import ConfigError
@@ -83,10 +82,7 @@ def run(tmp_path_factory):
 
 
 def evaluate(config, *words):
-    path = Path(__file__).resolve().parents[1] / "tools" / "evaluate_teacher.py"
-    spec = importlib.util.spec_from_file_location("evaluate_teacher", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_script("tools/evaluate_teacher.py")
     return tool.main(tool.parse_arguments(["--assistant", "--config-file", config, *words]))
 
 

@@ -1,16 +1,11 @@
 """What tools/benchmark_d3etr.py compares is the same mathematics."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 from detectron2.utils.events import EventStorage
 from kd_models import distill_cfg, tiny_cfg, write_config, write_teacher
+from kd_scripts import load_script
 
-ROOT = Path(__file__).resolve().parents[1]
-SPEC = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "benchmark_d3etr.py")
-tool = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tool)
+tool = load_script("tools/benchmark_d3etr.py")
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +30,15 @@ def test_all_parts_are_measured(words, capsys):
     assert set(result["seconds"]) == {"adaptive", "ground truth", "floor", "whole"}
     assert result["bytes"]["full maps"] > result["bytes"]["ours"] > 0
     assert "whole / floor" in capsys.readouterr().out
+
+
+def test_a_heads_own_cost_ends_at_what_the_decoder_gave(words):
+    with EventStorage(1):
+        bench = tool.build(tool.parse_arguments(words))
+        decoded = bench.ctx.student_outputs["decoded"]
+        assert decoded.logits.is_leaf and decoded.logits.requires_grad
+        assert decoded.memory.keys[0].is_leaf and decoded.cross_attention[0].query.is_leaf
+        before = [p.grad for p in bench.model.student.parameters()]
+        bench.head("D3ETR")()
+        bench.head("D3ETR")()
+    assert before == [p.grad for p in bench.model.student.parameters()] == [None] * len(before)

@@ -1,8 +1,6 @@
 """tools/demo.py: the student alone on images, a folder and a video."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -10,18 +8,14 @@ import pytest
 import torch
 from kd_detectors import detector_cfg, detector_distill_cfg
 from kd_models import build, write_config
+from kd_scripts import load_script
 
 from projects.kd.errors import ConfigError, DataError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def demo():
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "tools/demo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/demo.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
 """The table of heads by detectors is what the code says, and the README holds it."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 from kd_detectors import detector_cfg
+from kd_scripts import load_script
 from segmentation import segmentor_cfg
 
 from projects.kd.errors import ConfigError
@@ -14,10 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def tool():
-    spec = importlib.util.spec_from_file_location("tool", ROOT / "tools/make_support_table.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/make_support_table.py")
 
 
 def test_the_readme_is_current():

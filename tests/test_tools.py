@@ -1,6 +1,5 @@
 """The measuring tools, run on a tiny pair of detectors and a data set on the disk."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 import torch
 import toy_data  # noqa: F401  (registers the toy backbone)
 from detectron2.utils.events import EventStorage
+from kd_scripts import load_script
 from PIL import Image
 
 from projects.kd import ConfigError, build_teacher, build_training_model, load_config
@@ -25,9 +25,7 @@ BACKBONE = {"MODEL__BACKBONE__NAME": "build_toy_fpn_backbone"}
 
 
 def tool(name):
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(f"tools/{name}.py")
     return lambda *words: module.main(module.parse_arguments([str(word) for word in words]))
 
 

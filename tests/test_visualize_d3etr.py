@@ -1,24 +1,20 @@
 """The pictures of D3ETR, on a tiny pair and a data set on the disk."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from kd_models import build, distill_cfg, tiny_cfg, write_config, write_teacher
+from kd_scripts import load_script
 from PIL import Image
 from toy_data import register_noise
 
 from projects.kd import build_training_model
 from projects.kd.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[1]
 ARCH = "ConditionalDETR"
 DATA = "kd_test_d3etr_pictures"
-SPEC = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "visualize_d3etr.py")
-tool = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tool)
+tool = load_script("tools/visualize_d3etr.py")
 
 
 @pytest.fixture(scope="module")

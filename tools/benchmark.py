@@ -44,7 +44,7 @@ from detectron2.utils.events import EventStorage  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
 from projects.kd import ConfigError, load_config  # noqa: E402
-from projects.kd.benchmark import Bench, loop_masks  # noqa: E402
+from projects.kd.benchmark import Bench, loop_masks, without_weights  # noqa: E402
 from projects.kd.data.loader import build_train_loader  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import exit_on_user_error  # noqa: E402
@@ -113,13 +113,7 @@ def configs(args) -> dict:
         cfg.KD.HEADS = tuple(args.heads or cfg.KD.HEADS)
         for head in cfg.KD.HEADS:
             head_class(head)
-        lazy = cfg.KD.TEACHER.CONFIG_FILE.endswith(".py")
-        no_weights = ["train.init_checkpoint" if lazy else "MODEL.WEIGHTS", ""]
-        cfg.merge_from_list(
-            ["MODEL.WEIGHTS", "", "KD.TEACHER.WEIGHTS", "", "KD.TEACHER.ALLOW_MISSING", True]
-            + ["KD.TEACHER.OPTS", [*cfg.KD.TEACHER.OPTS, *no_weights]]
-            + ["MODEL.DEVICE", args.device, "SOLVER.BASE_LR", 1e-8]
-        )
+        without_weights(cfg, args.device)
     return found
 
 

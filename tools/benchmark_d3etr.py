@@ -21,7 +21,6 @@ Run it on an idle machine.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import logging
 import os
@@ -34,7 +33,7 @@ from detectron2.utils.events import EventStorage  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
 from projects.kd import load_config  # noqa: E402
-from projects.kd.benchmark import Bench  # noqa: E402
+from projects.kd.benchmark import Bench, as_leaves, without_weights  # noqa: E402
 from projects.kd.errors import exit_on_user_error  # noqa: E402
 from projects.kd.functional.d3etr import layer_map  # noqa: E402
 from projects.kd.heads.d3etr import Pairs  # noqa: E402
@@ -48,10 +47,7 @@ BOXES, MIB = 20, 2**20
 def build(args) -> Bench:
     """The pair, without files and with a rate that moves nothing."""
     cfg = load_config(args.config_file, args.opts)
-    no_weights = ["MODEL.WEIGHTS", "", "KD.TEACHER.WEIGHTS", "", "KD.TEACHER.ALLOW_MISSING", True]
-    teacher = ["KD.TEACHER.OPTS", [*cfg.KD.TEACHER.OPTS, "MODEL.WEIGHTS", ""]]
-    cfg.merge_from_list([*no_weights, *teacher, "SOLVER.BASE_LR", 1e-8, "MODEL.DEVICE", "cpu"])
-    return Bench(cfg, ("D3ETR",), args.size, BOXES, images=args.images)
+    return Bench(without_weights(cfg), ("D3ETR",), args.size, BOXES, images=args.images)
 
 
 def matching(bench: Bench, rounds: int) -> dict:
@@ -75,7 +71,7 @@ def matching(bench: Bench, rounds: int) -> dict:
 def steps(bench: Bench, rounds: int) -> dict:
     """Seconds of the whole step and of its floor."""
     student = bench.model.student
-    memory = _detached(bench.ctx.student_outputs["decoded"].memory)
+    memory = bench.ctx.student_outputs["decoded"].memory
     queries = torch.randn_like(student.query_embed.weight).requires_grad_()
 
     def second_group():
@@ -101,10 +97,10 @@ def attention_terms(bench: Bench) -> dict:
     layers = layer_map(len(student.logits), len(teacher.logits))
     with torch.no_grad():
         pairs = head.adaptive_pairs(student, teacher)
-        second = head.second_group(ctx, student)
-    head.terms = {"self": 1.0, "cross": 1.0}
-    groups = [_with_gradient(student), _with_gradient(second)]
+    # queries and keys are leaves: memory is counted from them on
+    groups = [student, as_leaves(head.second_group(ctx, student))]
     chosen = [pairs, [Pairs()] * len(layers)]
+    head.terms = {"self": 1.0, "cross": 1.0}
 
     def ours():
         total = 0.0
@@ -142,33 +138,6 @@ def _rows(maps, index, columns: bool):
         maps = torch.take_along_dim(maps, index[:, None, None, :], dim=3)
         maps = maps / maps.sum(-1, keepdim=True)
     return maps
-
-
-def _detached(memory):
-    tensors = {"keys": memory.keys, "values": memory.values}
-    return dataclasses.replace(
-        memory, **{k: [x.detach().requires_grad_() for x in v] for k, v in tensors.items()}
-    )
-
-
-def _with_gradient(decoded):
-    """Queries and keys as leaves: memory is counted from them on."""
-
-    def leaves(attentions):
-        return [
-            dataclasses.replace(
-                x,
-                query=x.query.detach().requires_grad_(),
-                key=x.key.detach().requires_grad_(),
-            )
-            for x in attentions
-        ]
-
-    return dataclasses.replace(
-        decoded,
-        self_attention=leaves(decoded.self_attention),
-        cross_attention=leaves(decoded.cross_attention),
-    )
 
 
 def parse_arguments(argv=None):

@@ -16,13 +16,25 @@ from .predict import predictor_for
 from .taps import configured_classes, offers
 
 
+def without_weights(cfg, device: str = "cpu"):
+    """A distillation config, changed to random weights and a learning rate that moves nothing."""
+    lazy = cfg.KD.TEACHER.CONFIG_FILE.endswith(".py")
+    no_weights = ["train.init_checkpoint" if lazy else "MODEL.WEIGHTS", ""]
+    cfg.merge_from_list(
+        ["MODEL.WEIGHTS", "", "KD.TEACHER.WEIGHTS", "", "KD.TEACHER.ALLOW_MISSING", True]
+        + ["KD.TEACHER.OPTS", [*cfg.KD.TEACHER.OPTS, *no_weights]]
+        + ["MODEL.DEVICE", device, "SOLVER.BASE_LR", 1e-8]
+    )
+    return cfg
+
+
 class Bench:
     """Student, teacher and some heads with random weights on one batch of noise.
 
     Needs detectron2's event storage around it, at an iteration at which nothing is logged.
 
     Args:
-        cfg: a distillation config whose detectors load no weights.
+        cfg: a distillation config whose detectors load no weights, see :func:`without_weights`.
         heads: names of imitation heads, instead of KD.HEADS.
         image_size: (height, width) of each image.
         boxes: ground-truth boxes on each.
@@ -104,7 +116,7 @@ class Bench:
 
         def run():
             with self.autocast():
-                outputs = _tensors(vars(predictor.predict(features, assigned)))
+                outputs = _tensors(predictor.predict(features, assigned))
             torch.autograd.grad(sum(x.sum() for x in outputs), inputs, allow_unused=True)
 
         return run
@@ -132,15 +144,16 @@ class Bench:
             ctx, _ = self.model.observe(self.batch)
         return dataclasses.replace(
             ctx,
-            student_features=_leaves(ctx.student_features),
-            student_outputs=_leaves(ctx.student_outputs),
+            student_features=as_leaves(ctx.student_features),
+            student_outputs=as_leaves(ctx.student_outputs),
         )
 
     def head(self, name):
         """A function that computes a head's losses and their gradient, at features and adapters."""
         head = self.model.heads[name]
         leaves = [p for p in head.parameters() if p.requires_grad]
-        leaves += _tensors((self.ctx.student_features, self.ctx.student_outputs))
+        observed = _tensors((self.ctx.student_features, self.ctx.student_outputs))
+        leaves += [x for x in observed if x.requires_grad]
 
         def run():
             ctx = dataclasses.replace(self.ctx, _masks={})
@@ -152,18 +165,22 @@ class Bench:
 def _tensors(value) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
     if isinstance(value, dict):
         value = value.values()
     return [x for part in value for x in _tensors(part)] if hasattr(value, "__iter__") else []
 
 
-def _leaves(value):
-    """Detached tensors in the same nesting."""
+def as_leaves(value):
+    """Detached tensors in the same nesting of dataclasses, dicts, lists and tuples."""
     if isinstance(value, torch.Tensor):
         return value.detach().requires_grad_(value.requires_grad)
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **as_leaves(vars(value)))
     if isinstance(value, dict):
-        return {key: _leaves(x) for key, x in value.items()}
-    return type(value)(_leaves(x) for x in value) if type(value) in (list, tuple) else value
+        return {key: as_leaves(x) for key, x in value.items()}
+    return type(value)(as_leaves(x) for x in value) if type(value) in (list, tuple) else value
 
 
 def loop_masks(head, ctx) -> list[torch.Tensor]:

@@ -1,6 +1,5 @@
 """Conversion of VisDrone by the script, and the registered data sets."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from kd_scripts import load_script
 from PIL import Image
 
 from projects.kd import check_config
@@ -23,11 +23,7 @@ TOOL = ROOT / "datasets" / "prepare_visdrone.py"
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("prepare_visdrone_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its functions are pickled by name
-    spec.loader.exec_module(module)
-    return module
+    return load_script("datasets/prepare_visdrone.py")
 
 
 def add_image(split, stem, text, size=(60, 40), seed=0):

@@ -1,6 +1,5 @@
 """The contact sheet of ground truth."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from kd_scripts import load_script
 from PIL import Image
 
 from projects.kd.errors import ConfigError, DataError
@@ -18,10 +18,7 @@ TOOL = os.path.join(ROOT, "tools", "visualize_data.py")
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("visualize_data_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/visualize_data.py")
 
 
 @pytest.fixture
