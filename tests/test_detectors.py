@@ -94,6 +94,27 @@ def test_trains_with_all_feature_heads_and_deploys(name, teachers, tmp_path):
     assert same_outputs(expected, found) > 0
 
 
+@pytest.mark.parametrize("name", list(DETECTORS))
+def test_mixed_precision_changes_losses_by_its_rounding_only(name, teachers):
+    """Student under autocast and the teacher in bfloat16, as SOLVER.AMP and KD.TEACHER.DTYPE ask."""
+    heads = ("CWD", "PKD")
+    lower = detector_distill_cfg(name, teachers(name), heads, KD__TEACHER__DTYPE="bfloat16")
+    found = []
+    for cfg in (detector_distill_cfg(name, teachers(name), heads), lower):
+        torch.manual_seed(0)
+        model = build_wrapper(cfg)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cfg is lower):
+            losses = losses_at(model, full_batch(), iteration=10**5)
+        sum(losses.values()).backward()
+        gradients = [p.grad for p in student_of(model).parameters() if p.grad is not None]
+        assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+        found.append({key: loss.detach().float() for key, loss in losses.items()})
+    exact, rounded = found
+    assert exact.keys() == rounded.keys()
+    for key, loss in exact.items():
+        torch.testing.assert_close(rounded[key], loss, rtol=0.1, atol=0.01, msg=key)
+
+
 def test_fcos_deploys_in_detectron2s_own_class(teachers, tmp_path):
     model = build_wrapper(detector_distill_cfg("FCOS", teachers("FCOS"), ("CWD",)))
     train_steps(model, full_batch(), steps=1, lr=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch import fcos
@@ -72,6 +73,17 @@ class FCOS(fcos.FCOS):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
+
+    def losses(
+        self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
+    ):
+        """detectron2's losses, in float32: its box loss cannot mix a lower precision in (ours)."""
+        logits, deltas, centerness = (
+            [level.float() for level in levels]
+            for levels in (pred_logits, pred_anchor_deltas, pred_centerness)
+        )
+        with torch.autocast(self.device.type, enabled=False):
+            return super().losses(anchors, logits, gt_labels, deltas, gt_boxes, centerness)
 
 
 register_class_key("FCOS", "MODEL.FCOS.NUM_CLASSES")
