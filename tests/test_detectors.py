@@ -96,7 +96,7 @@ def test_trains_with_all_feature_heads_and_deploys(name, teachers, tmp_path):
 
 @pytest.mark.parametrize("name", list(DETECTORS))
 def test_mixed_precision_changes_losses_by_its_rounding_only(name, teachers):
-    """Student under autocast and the teacher in bfloat16, as SOLVER.AMP and KD.TEACHER.DTYPE ask."""
+    """Student under autocast, teacher in bfloat16, as SOLVER.AMP and KD.TEACHER.DTYPE ask."""
     heads = ("CWD", "PKD")
     lower = detector_distill_cfg(name, teachers(name), heads, KD__TEACHER__DTYPE="bfloat16")
     found = []
