@@ -1,10 +1,12 @@
-"""Validity masks against brute force, and scalars that heads log."""
+"""Validity masks against brute force, scalars that heads log, and names of levels."""
 
 import pytest
 import torch
+from detectron2.layers import ShapeSpec
 from detectron2.utils.events import EventStorage
+from torch import nn
 
-from projects.kd import DistillContext
+from projects.kd import ConfigError, DistillContext, ModelInfo
 from projects.kd.levels import scaled_size
 
 
@@ -112,3 +114,13 @@ def test_mask_of_a_map_over_the_canvas_equals_a_loop():
                     assert mask[image, 0, row, column] == inside
     assert torch.equal(ctx.canvas_mask((4, 8)), ctx.valid_mask("p3"))
     assert make_context([canvas], canvas, {"p3": 8}).canvas_mask((4, 8)) is None
+
+
+def test_a_side_knows_its_own_names_of_the_paired_levels():
+    shapes = {"p3": ShapeSpec(stride=8), "p4": ShapeSpec(stride=8)}  # a dilated backbone
+    info = ModelInfo(nn.Module(), shapes, frozenset(), own_names={"p3": "res4", "p4": "res5"})
+    assert info.paired_names(["res5", "res4"], "KD.X") == {"res5": "p4", "res4": "p3"}
+    with pytest.raises(ConfigError, match="KD.LEVEL_MAP: KD.X needs .*student: p4$"):
+        info.paired_names(["res4", "p4"], "KD.X")
+    same = ModelInfo(nn.Module(), shapes, frozenset())
+    assert same.paired_names(["p4"], "KD.X") == {"p4": "p4"}

@@ -12,7 +12,7 @@ from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from .errors import DataError
+from .errors import ConfigError, DataError
 from .levels import scaled_size
 
 
@@ -26,17 +26,38 @@ class ModelInfo:
             once levels are paired, with the teacher's own channels and strides on its side.
         taps: names of the taps that the detector offers.
         cfg: its yacs config, None for a LazyConfig teacher.
+        own_names: level to the name it has in this side's own backbone; {} = the same.
     """
 
     model: nn.Module
     shapes: Mapping[str, ShapeSpec]
     taps: frozenset[str]
     cfg: Any = None
+    own_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def arch(self) -> str:
         """Class name of the meta-arch."""
         return type(self.model).__name__
+
+    def paired_names(self, needed: Sequence[str], key: str) -> dict[str, str]:
+        """Own names of levels to the student's names of the levels that they are paired with.
+
+        Args:
+            needed: own names.
+            key: what asks, for the message.
+
+        Raises:
+            ConfigError: a level that is paired with none of the student's.
+        """
+        names = {self.own_names.get(level, level): level for level in self.shapes}
+        missing = [own for own in needed if own not in names]
+        if missing:
+            raise ConfigError(
+                f"KD.LEVEL_MAP: {key} needs the teacher's {', '.join(needed)}; paired with no "
+                f"level of the student: {', '.join(missing)}"
+            )
+        return {own: names[own] for own in needed}
 
 
 @dataclass

@@ -257,6 +257,7 @@ def paired_infos(cfg, student: nn.Module, teacher: Teacher, level_map: Mapping[s
         shapes={level: theirs[other] for level, other in level_map.items()},
         taps=frozenset(taps_for(teacher.model)),
         cfg=teacher.cfg,
+        own_names=dict(level_map),
     )
     return student_info, teacher_info
 

@@ -149,5 +149,5 @@ def test_levels_have_no_meaning_here(tmp_path):
 
 def test_an_unpaired_level_of_the_teacher_is_refused(tmp_path):
     levels = [["p3", "p3"], ["p4", "p4"], ["p5", "p5"]]
-    with pytest.raises(ConfigError, match="KD.LEVEL_MAP.*p2 is paired with no level"):
+    with pytest.raises(ConfigError, match="KD.LEVEL_MAP.*no level of the student: p2"):
         wrapper(tmp_path, "masks", "Mask R-CNN", KD__LEVEL_MAP=levels)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..config import head_node, register_config
-from ..context import DistillContext, ModelInfo
+from ..context import DistillContext
 from ..errors import ConfigError
 from ..functional.output_kd import (
     box_weight,
@@ -207,7 +207,7 @@ class OutputKD(ImitationHead):
             **kwargs,
             "weights": PredictionWeights.from_node(node, key, ours.two_stage),
             "match": match,
-            "teacher_levels": own_names(theirs, teacher, key),
+            "teacher_levels": teacher.paired_names(theirs.levels, key),
             "taps": ours.taps,
             "scale": scale,
             "jitter": node.BOX_JITTER,
@@ -235,20 +235,3 @@ class OutputKD(ImitationHead):
         features = {own: ctx.teacher_features[ours] for own, ours in self.teacher_levels.items()}
         with step_precision(next(iter(features.values()))):
             return teacher.predict(features, assigned, scale=self.scale, constant=False)
-
-
-def own_names(predictor: Predictor, teacher: ModelInfo, key: str) -> dict[str, str]:
-    """The teacher's own names of the levels that it predicts from, to the student's names.
-
-    Raises:
-        ConfigError: a level that is paired with none of the student's.
-    """
-    shapes = predictor.model.backbone.output_shape()
-    names = {shape.stride: level for level, shape in teacher.shapes.items()}
-    missing = [level for level in predictor.levels if shapes[level].stride not in names]
-    if missing:
-        raise ConfigError(
-            f"{key}: the teacher predicts from {', '.join(predictor.levels)}, but "
-            f"{', '.join(missing)} is paired with no level of the student (KD.LEVEL_MAP)"
-        )
-    return {level: names[shapes[level].stride] for level in predictor.levels}

@@ -60,17 +60,7 @@ class RoiMaps:
                 f"the teacher {theirs}"
             )
         needed = getattr(teacher.model.roi_heads, f"{_PARTS[kind]}_in_features")
-        shapes = teacher.model.backbone.output_shape()
-        levels = {}
-        for own in needed:
-            found = [x for x, shape in teacher.shapes.items() if shape == shapes[own]]
-            if not found:
-                raise ConfigError(
-                    f"KD.LEVEL_MAP: {key} '{kind}' needs the teacher's {', '.join(needed)}, and "
-                    f"{own} is paired with no level of the student"
-                )
-            levels[own] = found[0]
-        return cls(kind, levels, scale)
+        return cls(kind, teacher.paired_names(needed, f"{key} '{kind}'"), scale)
 
     @property
     def taps(self) -> frozenset[str]:
