@@ -9,7 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from .adapters import ADAPTER_TYPES
-from .errors import ConfigError
+from .errors import ConfigError, require_one_of
 from .files import resolve_config
 from .heads.base import head_class
 from .levels import check_input_scale
@@ -37,9 +37,9 @@ def check_config(cfg, training: bool = True) -> None:
     _check_datasets(cfg, training)
     check_tiles(cfg)
     for name in cfg.TEST.VISDRONE_READINGS:
-        _one_of("TEST.VISDRONE_READINGS", name, READINGS)
+        require_one_of("TEST.VISDRONE_READINGS", name, READINGS)
     if training:
-        _one_of("INPUT.IGNORED_REGIONS", cfg.INPUT.IGNORED_REGIONS, ("paint", "keep"))
+        require_one_of("INPUT.IGNORED_REGIONS", cfg.INPUT.IGNORED_REGIONS, ("paint", "keep"))
         if cfg.INPUT.CROP.AFTER_RESIZE and cfg.INPUT.DETR_AUGMENTATION:
             raise ConfigError("INPUT.CROP.AFTER_RESIZE: INPUT.DETR_AUGMENTATION has its own crop")
         _check_solver(cfg)
@@ -47,11 +47,6 @@ def check_config(cfg, training: bool = True) -> None:
             _check_distillation(cfg)
         elif cfg.KD.INIT_FROM_TEACHER:
             raise ConfigError("KD.INIT_FROM_TEACHER needs KD.META_ARCHITECTURE and a teacher")
-
-
-def _one_of(key: str, value, allowed) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{key}: '{value}' is not one of {', '.join(map(str, allowed))}")
 
 
 def _check_meta_archs(cfg) -> None:
@@ -118,9 +113,9 @@ def _check_classes(cfg, dataset: str) -> None:
 
 def _check_solver(cfg) -> None:
     solver = cfg.SOLVER
-    _one_of("SOLVER.OPTIMIZER", solver.OPTIMIZER, OPTIMIZERS)
-    _one_of("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", solver.CLIP_GRADIENTS.CLIP_TYPE, CLIP_TYPES)
-    _one_of("SOLVER.AMP.DTYPE", solver.AMP.DTYPE, ("float16", "bfloat16"))
+    require_one_of("SOLVER.OPTIMIZER", solver.OPTIMIZER, OPTIMIZERS)
+    require_one_of("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", solver.CLIP_GRADIENTS.CLIP_TYPE, CLIP_TYPES)
+    require_one_of("SOLVER.AMP.DTYPE", solver.AMP.DTYPE, ("float16", "bfloat16"))
     for key in ("ACCUM_STEPS", "GATHER_METRIC_PERIOD", "MAX_ITER", "IMS_PER_BATCH"):
         if solver[key] < 1:
             raise ConfigError(f"SOLVER.{key} is {solver[key]}, it must be at least 1")
@@ -150,8 +145,8 @@ def _check_distillation(cfg) -> None:
     if weights and "://" not in weights and not os.path.isfile(os.path.expanduser(weights)):
         raise ConfigError(f"KD.TEACHER.WEIGHTS: no such file '{weights}'; train the teacher first")
     check_input_scale(kd.TEACHER.INPUT_SCALE)
-    _one_of("KD.TEACHER.DTYPE", kd.TEACHER.DTYPE, ("auto", *DTYPES))
-    _one_of("KD.ADAPTER.TYPE", kd.ADAPTER.TYPE, ADAPTER_TYPES)
+    require_one_of("KD.TEACHER.DTYPE", kd.TEACHER.DTYPE, ("auto", *DTYPES))
+    require_one_of("KD.ADAPTER.TYPE", kd.ADAPTER.TYPE, ADAPTER_TYPES)
     if kd.LOG_PERIOD < 1:
         raise ConfigError(f"KD.LOG_PERIOD is {kd.LOG_PERIOD}, it must be at least 1")
     if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in kd.LEVEL_MAP):

@@ -25,6 +25,12 @@ class TrainingError(UserError, FloatingPointError):
     """Training cannot go on (a loss became NaN or infinite)."""
 
 
+def require_one_of(key: str, value, allowed) -> None:
+    """ConfigError unless ``value``, of the config key ``key``, is among the allowed ones."""
+    if value not in allowed:
+        raise ConfigError(f"{key}: '{value}' is not one of {', '.join(map(str, allowed))}")
+
+
 @contextlib.contextmanager
 def exit_on_user_error():
     """Scripts run their main function inside: a :class:`UserError` ends in one line and status 2.

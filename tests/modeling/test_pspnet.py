@@ -192,8 +192,11 @@ def test_a_timm_backbone_of_output_stride_8():
         outputs = backbone.eval()(torch.zeros(1, 3, 64, 96))
     for name, shape in backbone.output_shape().items():
         assert outputs[name].shape == (1, shape.channels, 8, 12)
-    with pytest.raises(ConfigError, match="MODEL.TIMM.OUTPUT_STRIDE: an FPN needs 32"):
-        kd_models.build(segmentor_cfg("fpn_timm", MODEL__TIMM__OUTPUT_STRIDE=16))
+    for kind in ("timm_fpn", "retinanet_timm_fpn", "fcos_timm_fpn"):
+        cfg = segmentor_cfg("fpn_timm", MODEL__TIMM__OUTPUT_STRIDE=16)
+        cfg.MODEL.BACKBONE.NAME = f"build_{kind}_backbone"
+        with pytest.raises(ConfigError, match="MODEL.TIMM.OUTPUT_STRIDE: an FPN needs 32"):
+            kd_models.build(cfg)
     with pytest.raises(ConfigError, match="MODEL.TIMM.OUTPUT_STRIDE: 4 is not 8, 16 or 32"):
         kd_models.build(segmentor_cfg("pspnet_timm", MODEL__TIMM__OUTPUT_STRIDE=4))
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..config import head_node, register_config
 from ..context import DistillContext, ModelInfo
-from ..errors import ConfigError
+from ..errors import ConfigError, require_one_of
 from ..functional.d3etr import (
     CLASS_COSTS,
     QUERY_WEIGHTS,
@@ -299,8 +299,7 @@ def _check_node(cfg, student: ModelInfo, teacher: ModelInfo) -> None:
         ("QUERY_WEIGHT", node.QUERY_WEIGHT, QUERY_WEIGHTS),
         ("AUX_ASSIGN_LAYERS", node.AUX_ASSIGN_LAYERS, ASSIGN_LAYERS),
     ):
-        if value not in allowed:
-            raise ConfigError(f"KD.D3ETR.{key}: '{value}' is not one of {', '.join(allowed)}")
+        require_one_of(f"KD.D3ETR.{key}", value, allowed)
     factors = {f"LOSS.{key}": value for key, value in node.LOSS.items()}
     factors |= {f"MATCH.{key}": node.MATCH[key] for key in node.MATCH if key != "CLASS_COST"}
     factors["AUX_DET_WEIGHT"] = node.AUX_DET_WEIGHT

@@ -12,7 +12,7 @@ from torch import nn
 from ..adapters import build_adapter
 from ..config import head_node, register_config
 from ..context import DistillContext, ModelInfo
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, require_one_of
 from ..functional.fgfi import (
     AnchorGrid,
     anchor_masks,
@@ -92,12 +92,8 @@ class FGFI(ImitationHead):
     def from_config(cls, cfg, student, teacher):
         """Read KD.FGFI."""
         node = cfg.KD.FGFI
-        if node.ASSIGN not in SCOPES:
-            raise ConfigError(f"KD.FGFI.ASSIGN: '{node.ASSIGN}' is not one of {', '.join(SCOPES)}")
-        if node.ADAPTER not in ADAPTERS:
-            raise ConfigError(
-                f"KD.FGFI.ADAPTER: '{node.ADAPTER}' is not one of {', '.join(ADAPTERS)}"
-            )
+        require_one_of("KD.FGFI.ASSIGN", node.ASSIGN, SCOPES)
+        require_one_of("KD.FGFI.ADAPTER", node.ADAPTER, ADAPTERS)
         if not 0 <= node.THRESH_FACTOR < 1:
             raise ConfigError(
                 f"KD.FGFI.THRESH_FACTOR is {node.THRESH_FACTOR}, it must be in [0, 1)"

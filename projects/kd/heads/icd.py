@@ -13,7 +13,7 @@ from torch import nn
 from ..config import head_node, register_config
 from ..context import DistillContext, ModelInfo
 from ..data.priors import BoxPriors, dataset_priors, uniform_priors
-from ..errors import ConfigError
+from ..errors import ConfigError, require_one_of
 from ..functional.icd import (
     Priors,
     identification_loss,
@@ -274,8 +274,7 @@ def _check_node(node) -> None:
             "lies outside of it"
         )
     for key, allowed in (("ATTENTION", ATTENTIONS), ("PRIORS", PRIORS)):
-        if node[key] not in allowed:
-            raise ConfigError(f"KD.ICD.{key}: '{node[key]}' is not one of {', '.join(allowed)}")
+        require_one_of(f"KD.ICD.{key}", node[key], allowed)
     for key, least in (("LAYERS", 1), ("FFN_DIM", 1), ("MAX_QUERIES", 1), ("DETACH_ITERS", 0)):
         if node[key] < least:
             raise ConfigError(f"KD.ICD.{key} is {node[key]}, it must be at least {least}")

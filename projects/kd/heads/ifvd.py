@@ -6,7 +6,7 @@ import torch
 
 from ..config import head_node, register_config
 from ..context import DistillContext, ModelInfo
-from ..errors import ConfigError
+from ..errors import ConfigError, require_one_of
 from ..functional.ifvd import box_labels, ifvd_loss, resize_labels
 from ..taps import configured_classes
 from .base import IMITATION_HEAD_REGISTRY
@@ -53,8 +53,7 @@ class IFVD(MapImitation):
     def from_config(cls, cfg, student, teacher):
         """Read KD.IFVD."""
         labels = cfg.KD.IFVD.LABELS
-        if labels not in LABELS:
-            raise ConfigError(f"KD.IFVD.LABELS: '{labels}' is not one of {LABELS}")
+        require_one_of("KD.IFVD.LABELS", labels, LABELS)
         if labels == "auto":
             labels = "sem_seg" if "sem_seg" in student.taps else "boxes"
         kwargs = super().from_config(cfg, student, teacher)

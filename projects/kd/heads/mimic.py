@@ -7,7 +7,7 @@ from torch import nn
 
 from ..config import head_node, register_config
 from ..context import DistillContext
-from ..errors import ConfigError
+from ..errors import require_one_of
 from ..functional.mimic import mimic_loss
 from .base import IMITATION_HEAD_REGISTRY, ImitationHead, build_adapters
 
@@ -43,8 +43,7 @@ class Mimic(ImitationHead):
     def from_config(cls, cfg, student, teacher):
         """Read KD.MIMIC."""
         kwargs = super().from_config(cfg, student, teacher)
-        if cfg.KD.MIMIC.MASK not in MASKS:
-            raise ConfigError(f"KD.MIMIC.MASK: '{cfg.KD.MIMIC.MASK}' is not one of {MASKS}")
+        require_one_of("KD.MIMIC.MASK", cfg.KD.MIMIC.MASK, MASKS)
         kwargs["mask"] = cfg.KD.MIMIC.MASK
         kwargs["adapters"] = build_adapters(cfg.KD.ADAPTER.TYPE, kwargs["levels"], student, teacher)
         return kwargs

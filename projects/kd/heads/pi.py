@@ -6,7 +6,7 @@ import torch
 
 from ..config import head_node, register_config
 from ..context import DistillContext
-from ..errors import ConfigError
+from ..errors import ConfigError, require_one_of
 from ..functional.pi import REDUCTIONS, bernoulli_pi_loss, pi_loss, teacher_confidence
 from .base import IMITATION_HEAD_REGISTRY, mean_over_ranks
 from .targets import MapImitation
@@ -53,8 +53,7 @@ class PI(MapImitation):
         node = cfg.KD.PI
         if node.TAU <= 0:
             raise ConfigError(f"KD.PI.TAU is {node.TAU}, it must be positive")
-        if node.REDUCTION not in REDUCTIONS:
-            raise ConfigError(f"KD.PI.REDUCTION: '{node.REDUCTION}' is not one of {REDUCTIONS}")
+        require_one_of("KD.PI.REDUCTION", node.REDUCTION, REDUCTIONS)
         if node.BETA != 0.0 and node.BETA < 1.0:
             raise ConfigError(f"KD.PI.BETA is {node.BETA}, it must be 0 or at least 1")
         kwargs = super().from_config(cfg, student, teacher)

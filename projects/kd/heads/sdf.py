@@ -15,7 +15,7 @@ from torch import nn
 from ..adapters import align_spatial, build_adapter
 from ..config import head_node, register_config
 from ..context import DistillContext, ModelInfo
-from ..errors import ConfigError
+from ..errors import ConfigError, require_one_of
 from ..functional.mimic import mimic_loss
 from ..functional.sdf import embed, group_norm, spread
 from ..taps import tapped_module
@@ -277,8 +277,7 @@ class SDF(ImitationHead):
 
 def _check_node(node) -> None:
     for key, allowed in (("TEACHER_SDF", TARGETS), ("PRESET", tuple(PRESETS))):
-        if node[key] not in allowed:
-            raise ConfigError(f"KD.SDF.{key}: '{node[key]}' is not one of {', '.join(allowed)}")
+        require_one_of(f"KD.SDF.{key}", node[key], allowed)
     if node.WEIGHT < 0 and node.WEIGHT != BY_PRESET:
         raise ConfigError(
             f"KD.SDF.WEIGHT is {node.WEIGHT}; give a weight, or -1.0 for the preset's"

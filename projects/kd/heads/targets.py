@@ -8,7 +8,7 @@ from torch import nn
 
 from ..adapters import build_adapter
 from ..context import DistillContext, ModelInfo
-from ..errors import ConfigError
+from ..errors import ConfigError, require_one_of
 from ..taps import architectures_with, taps_for
 from .base import ImitationHead, adapt, build_adapters, choose_levels, head_name
 
@@ -64,8 +64,7 @@ class MapImitation(ImitationHead):
         name = head_name(cls).upper()
         node = cfg.KD[name]
         key, target = f"KD.{name}.TARGET", node.TARGET
-        if target not in cls.targets:
-            raise ConfigError(f"{key}: '{target}' is not one of {', '.join(cls.targets)}")
+        require_one_of(key, target, cls.targets)
         for side, info in (("student", student), ("teacher", teacher)):
             if target not in info.taps:
                 raise ConfigError(

@@ -65,7 +65,7 @@ def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     bottom_up = build_timm_backbone(cfg, input_shape)
     subsample = LastLevelMaxPool()
     subsample.in_feature = list(bottom_up.output_shape())[-1].replace("res", "p")
-    return _fpn(cfg, bottom_up, subsample)
+    return fpn_over(cfg, bottom_up, subsample)
 
 
 @BACKBONE_REGISTRY.register()
@@ -73,7 +73,7 @@ def build_retinanet_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """FPN for RetinaNet: the levels of MODEL.FPN.IN_FEATURES, and two more from the last stage."""
     bottom_up = build_timm_backbone(cfg, input_shape)
     name, shape = list(bottom_up.output_shape().items())[-1]
-    return _fpn(cfg, bottom_up, LastLevelP6P7(shape.channels, cfg.MODEL.FPN.OUT_CHANNELS, name))
+    return fpn_over(cfg, bottom_up, LastLevelP6P7(shape.channels, cfg.MODEL.FPN.OUT_CHANNELS, name))
 
 
 @BACKBONE_REGISTRY.register()
@@ -85,7 +85,12 @@ def build_plain_timm_backbone(cfg, input_shape: ShapeSpec) -> TimmBackbone:
     return build_timm_backbone(cfg, input_shape, cfg.MODEL.RESNETS.OUT_FEATURES)
 
 
-def _fpn(cfg, bottom_up: TimmBackbone, top_block: nn.Module) -> FPN:
+def fpn_over(cfg, bottom_up: TimmBackbone, top_block: nn.Module) -> FPN:
+    """An FPN on all stages of ``bottom_up``, with the keys of MODEL.FPN.
+
+    Raises:
+        ConfigError: dilated stages, of which several have the same stride.
+    """
     if cfg.MODEL.TIMM.OUTPUT_STRIDE != 32:
         raise ConfigError("MODEL.TIMM.OUTPUT_STRIDE: an FPN needs 32")
     return FPN(
