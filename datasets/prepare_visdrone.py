@@ -29,6 +29,7 @@ from tqdm import tqdm  # noqa: E402
 
 from projects.kd.data import visdrone  # noqa: E402
 from projects.kd.errors import ConfigError, DataError, exit_on_user_error  # noqa: E402
+from projects.kd.files import image_size  # noqa: E402
 
 FORMAT = 1  # raised when the written files change
 EXTENSIONS = (".jpg", ".jpeg", ".png")
@@ -61,11 +62,7 @@ def convert_image(pair: tuple[str, str]) -> tuple[dict, visdrone.Problems]:
     image, annotations = pair
     name = os.path.basename(annotations)
     problems = visdrone.Problems()
-    try:
-        with Image.open(image) as opened:
-            width, height = opened.size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{image}: image cannot be read: {error}") from error
+    width, height = image_size(image)
     try:
         with open(annotations, encoding="utf-8", errors="replace", newline="") as stream:
             text = stream.read()

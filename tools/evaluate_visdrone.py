@@ -18,10 +18,10 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
 
 from projects.kd.data import visdrone  # noqa: E402
 from projects.kd.errors import DataError, exit_on_user_error  # noqa: E402
+from projects.kd.files import image_size  # noqa: E402
 from projects.kd.visdrone_eval import READINGS, ImageResult, evaluate_images  # noqa: E402
 
 
@@ -32,11 +32,7 @@ def read_image(image: str, annotations: str, results: str) -> ImageResult:
     rows = np.array(rows, int).reshape(-1, visdrone.FIELDS)
     objects, regions = rows[rows[:, 5] != 0], rows[rows[:, 5] == 0]
     found = read_results(results)
-    try:
-        with Image.open(image) as opened:
-            width, height = opened.size
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{image}: image cannot be read: {error}") from error
+    width, height = image_size(image)
     return ImageResult(
         height=height,
         width=width,

@@ -1,4 +1,4 @@
-"""Where configs and weights come from: paths and model zoo names."""
+"""Files by name: configs and weights from paths or the model zoo, and the size of images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import os
 from importlib import resources
 from urllib.parse import urlparse
 
-from .errors import ConfigError
+from PIL import Image
+
+from .errors import ConfigError, DataError
 
 MODEL_ZOO_PREFIX = "model_zoo://"
 _ZOO_WEIGHT_PREFIXES = ("detectron2://", "https://dl.fbaipublicfiles.com/detectron2/")
@@ -101,3 +103,16 @@ def _cache_path(url: str) -> str:
 def is_zoo_file(name: str) -> bool:
     """Whether ``name`` is weights published by detectron2 (or its ImageNet initialisations)."""
     return name.startswith(_ZOO_WEIGHT_PREFIXES)
+
+
+def image_size(path: str) -> tuple[int, int]:
+    """(width, height) of an image file in pixels; only its header is read.
+
+    Raises:
+        DataError: what Pillow cannot open, or will not for its size.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: image cannot be read: {error}") from error

@@ -114,7 +114,7 @@ def test_files_that_do_not_fit(folders, name):
     with pytest.raises(DataError, match=r"city/1.png: the label map has 47x32 .* has 48x32"):
         DatasetCatalog.get(name)
     labels.write_text("no image")
-    with pytest.raises(DataError, match=r"city/1.png: cannot be read"):
+    with pytest.raises(DataError, match=r"city/1.png: image cannot be read"):
         DatasetCatalog.get(name)
     labels.unlink()
     with pytest.raises(DataError, match=r"city/1.jpg: its label map is missing: no file .*1.png"):

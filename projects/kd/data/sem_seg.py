@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from PIL import Image
 
 from ..errors import ConfigError, DataError
+from ..files import image_size
 
 IGNORE = 255
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -89,8 +89,8 @@ def load_sem_seg(image_root: str, label_root: str) -> list[dict]:
             labels = os.path.normpath(os.path.join(label_root, inner, stem + ".png"))
             if not os.path.isfile(labels):
                 raise DataError(f"{path}: its label map is missing: no file {labels}")
-            width, height = _size(path)
-            found = _size(labels)
+            width, height = image_size(path)
+            found = image_size(labels)
             if found != (width, height):
                 raise DataError(
                     f"{labels}: the label map has {found[0]}x{found[1]} pixels, its image {path} "
@@ -108,11 +108,3 @@ def load_sem_seg(image_root: str, label_root: str) -> list[dict]:
     if not dicts:
         raise DataError(f"{image_root}: no image ({', '.join(IMAGE_SUFFIXES)}) in it")
     return dicts
-
-
-def _size(path: str) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
