@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .errors import ConfigError
+from .errors import ConfigError, require_one_of
 
 ADAPTER_TYPES = ("auto", "none", "conv1x1", "conv3x3")
 
@@ -31,8 +31,7 @@ def build_adapter(
     Raises:
         ConfigError: unknown kind, or "none" with different channels.
     """
-    if kind not in ADAPTER_TYPES:
-        raise ConfigError(f"{key}: '{kind}' is not one of {', '.join(ADAPTER_TYPES)}")
+    require_one_of(key, kind, ADAPTER_TYPES)
     if kind == "auto":
         kind = "none" if student_channels == teacher_channels else "conv1x1"
     if kind == "none":

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 
 from ..config import register_config
-from ..errors import ConfigError
+from ..errors import ConfigError, require_one_of
 
 
 @register_config
@@ -57,8 +57,7 @@ def detr_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
         "vertical": [T.RandomFlip(horizontal=False, vertical=True)],
         "none": [],
     }
-    if node.RANDOM_FLIP not in flips:
-        raise ConfigError(f"INPUT.RANDOM_FLIP: '{node.RANDOM_FLIP}' is not one of {list(flips)}")
+    require_one_of("INPUT.RANDOM_FLIP", node.RANDOM_FLIP, flips)
     return [*flips[node.RANDOM_FLIP], ResizeOrCrop([resize], crop)]
 
 

@@ -6,7 +6,7 @@ import torch
 
 from ..config import head_node, register_config
 from ..context import DistillContext
-from ..errors import ConfigError
+from ..errors import require_one_of
 from ..functional.at import REDUCTIONS, at_loss
 from .base import IMITATION_HEAD_REGISTRY
 from .targets import MapImitation
@@ -41,8 +41,7 @@ class AT(MapImitation):
     def from_config(cls, cfg, student, teacher):
         """Read KD.AT."""
         reduction = cfg.KD.AT.REDUCTION
-        if reduction not in REDUCTIONS:
-            raise ConfigError(f"KD.AT.REDUCTION: '{reduction}' is not one of {REDUCTIONS}")
+        require_one_of("KD.AT.REDUCTION", reduction, REDUCTIONS)
         return {**super().from_config(cfg, student, teacher), "reduction": reduction}
 
     def forward(self, ctx: DistillContext) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 
 from ..config import head_node, register_config
 from ..context import DistillContext
-from ..errors import ConfigError
+from ..errors import ConfigError, require_one_of
 from ..functional.output_kd import (
     box_weight,
     dense_box_loss,
@@ -42,8 +42,7 @@ class PredictionWeights(NamedTuple):
     @classmethod
     def from_node(cls, node, key: str, two_stage: bool) -> PredictionWeights:
         """Read the keys of :func:`add_prediction_keys`; ConfigError names the wrong one."""
-        if node.PRESET not in PRESETS:
-            raise ConfigError(f"{key}.PRESET: '{node.PRESET}' is not one of {', '.join(PRESETS)}")
+        require_one_of(f"{key}.PRESET", node.PRESET, PRESETS)
         if node.TEMPERATURE <= 0:
             raise ConfigError(f"{key}.TEMPERATURE is {node.TEMPERATURE}, it must be positive")
         table = PRESETS[node.PRESET]

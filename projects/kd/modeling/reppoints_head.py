@@ -9,7 +9,7 @@ from detectron2.layers import get_norm
 from torch import nn
 from torchvision.ops import DeformConv2d
 
-from ..errors import ConfigError
+from ..errors import ConfigError, require_one_of
 from ..functional.reppoints import minmax_boxes, moment_boxes
 from .square_anchors import points_of
 
@@ -99,10 +99,7 @@ class PointBoxes(nn.Module):
 
     def __init__(self, transform: str, scale: float, moment_mul: float = 0.01):
         super().__init__()
-        if transform not in TRANSFORMS:
-            raise ConfigError(
-                f"MODEL.REPPOINTS.TRANSFORM: '{transform}' is not one of {', '.join(TRANSFORMS)}"
-            )
+        require_one_of("MODEL.REPPOINTS.TRANSFORM", transform, TRANSFORMS)
         self.transform = transform
         self.scale = scale
         self.moment_mul = moment_mul

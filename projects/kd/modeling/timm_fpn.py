@@ -25,7 +25,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, require_one_of
 from .timm_weights import load_timm_weights
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class TimmBackbone(Backbone):
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """FPN for R-CNN: the levels of MODEL.FPN.IN_FEATURES, and one subsampled from the last."""
-    bottom_up = build_timm_backbone(cfg, input_shape)
+    bottom_up = build_undilated_timm_backbone(cfg, input_shape)
     subsample = LastLevelMaxPool()
     subsample.in_feature = list(bottom_up.output_shape())[-1].replace("res", "p")
     return fpn_over(cfg, bottom_up, subsample)
@@ -71,7 +71,7 @@ def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
 @BACKBONE_REGISTRY.register()
 def build_retinanet_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """FPN for RetinaNet: the levels of MODEL.FPN.IN_FEATURES, and two more from the last stage."""
-    bottom_up = build_timm_backbone(cfg, input_shape)
+    bottom_up = build_undilated_timm_backbone(cfg, input_shape)
     name, shape = list(bottom_up.output_shape().items())[-1]
     return fpn_over(cfg, bottom_up, LastLevelP6P7(shape.channels, cfg.MODEL.FPN.OUT_CHANNELS, name))
 
@@ -85,17 +85,23 @@ def build_plain_timm_backbone(cfg, input_shape: ShapeSpec) -> TimmBackbone:
     return build_timm_backbone(cfg, input_shape, cfg.MODEL.RESNETS.OUT_FEATURES)
 
 
-def fpn_over(cfg, bottom_up: TimmBackbone, top_block: nn.Module) -> FPN:
-    """An FPN on all stages of ``bottom_up``, with the keys of MODEL.FPN.
+def build_undilated_timm_backbone(cfg, input_shape: ShapeSpec) -> TimmBackbone:
+    """:func:`build_timm_backbone` for an FPN.
 
     Raises:
-        ConfigError: dilated stages, of which several have the same stride.
+        ConfigError: dilated stages, of which several have the same stride; and what it raises.
     """
+    backbone = build_timm_backbone(cfg, input_shape)
     if cfg.MODEL.TIMM.OUTPUT_STRIDE != 32:
         raise ConfigError("MODEL.TIMM.OUTPUT_STRIDE: an FPN needs 32")
+    return backbone
+
+
+def fpn_over(cfg, bottom_up: Backbone, top_block: nn.Module) -> FPN:
+    """An FPN on the stages MODEL.FPN.IN_FEATURES of ``bottom_up``, with the keys of MODEL.FPN."""
     return FPN(
         bottom_up=bottom_up,
-        in_features=list(bottom_up.output_shape()),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
         top_block=top_block,
@@ -121,8 +127,7 @@ def build_timm_backbone(
             (N, C, ceil(H/stride), ceil(W/stride)), wrong norm, or weights that do not fit.
     """
     node = cfg.MODEL.TIMM
-    if node.NORM not in NORMS:
-        raise ConfigError(f"MODEL.TIMM.NORM: '{node.NORM}' is not one of {', '.join(NORMS)}")
+    require_one_of("MODEL.TIMM.NORM", node.NORM, NORMS)
     if node.OUTPUT_STRIDE not in (8, 16, 32):
         raise ConfigError(f"MODEL.TIMM.OUTPUT_STRIDE: {node.OUTPUT_STRIDE} is not 8, 16 or 32")
     wanted = {name: _stride(name) for name in stages or cfg.MODEL.FPN.IN_FEATURES}
