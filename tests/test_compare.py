@@ -106,7 +106,7 @@ def test_teacher_first_then_seed_by_seed_with_its_weights(suite, tmp_path):
     assert all(run.opts[:2] != ["KD.TEACHER.WEIGHTS", weights] for run in runs[:1])
     for run in runs[1:]:
         if run.row["name"] == "student":
-            assert run.needs is None and "KD.TEACHER.WEIGHTS" not in run.opts
+            assert not run.needs and "KD.TEACHER.WEIGHTS" not in run.opts
         else:
             assert run.opts[run.opts.index("KD.TEACHER.WEIGHTS") + 1] == weights
         assert run.opts[-2:] == ["SEED", run.seed]
@@ -122,11 +122,12 @@ def test_of_several_teachers_each_row_gets_the_one_it_names(tmp_path):
     for run in runs[9:]:
         family = run.row["config"].split("_student")[0]
         if run.row["config"].endswith("_student.yaml"):
-            assert run.needs is None and "KD.TEACHER.WEIGHTS" not in run.opts
+            assert not run.needs and "KD.TEACHER.WEIGHTS" not in run.opts
         else:
-            assert run.needs.row["config"] == f"{family}_teacher.yaml"
+            (teacher,) = run.needs
+            assert teacher.row["config"] == f"{family}_teacher.yaml"
             weights = run.opts[run.opts.index("KD.TEACHER.WEIGHTS") + 1]
-            assert weights == os.path.join(run.needs.dir, "model_final.pth")
+            assert weights == os.path.join(teacher.dir, "model_final.pth")
     suite["rows"] = [row for row in suite["rows"] if row["name"] != "FCOS teacher"]
     with pytest.raises(ConfigError, match="'FCOS student.CWD' learns from .*fcos_teacher.yaml"):
         suites.make_runs(suite, [1], str(tmp_path), [])
@@ -163,6 +164,42 @@ def test_a_teacher_starts_from_the_weights_of_another(tmp_path):
     suite["rows"] = [row for row in suite["rows"] if row["name"] != "teacher"]
     with pytest.raises(ConfigError, match="'teacher 2x' starts from 'teacher', which is no row"):
         suites.make_runs(suite, [1], str(tmp_path), [])
+
+
+def test_every_row_may_start_from_one_that_is_trained_once(suite, tmp_path):
+    start = {"name": "origin", "config": suite["rows"][0]["config"], "role": "start"}
+    teacher, distilled = suite["rows"][1], suite["rows"][2]
+    suite["rows"] = [start, teacher, distilled | {"init": "origin"}]
+    origin, teacher, *students = suites.make_runs(suite, [1, 2], str(tmp_path), [])
+    assert (origin.label, teacher.label) == ("origin", "teacher") and len(students) == 2
+    for run in students:
+        assert run.needs == [teacher, origin]
+        assert run.opts[run.opts.index("MODEL.WEIGHTS") + 1] == origin.weights
+        assert run.opts[run.opts.index("KD.TEACHER.WEIGHTS") + 1] == teacher.weights
+    stamps = [run.stamp() for run in (origin, teacher, students[0])]
+    origin.opts += ["SOLVER.MAX_ITER", 3]  # another start makes another student, not teacher
+    now = [run.stamp() for run in (origin, teacher, students[0])]
+    assert [a == b for a, b in zip(stamps, now, strict=True)] == [False, True, False]
+    kept = suites.select_rows(suite["rows"], ["student+X"])
+    assert [row["name"] for row in kept] == ["origin", "teacher", "student+X"]
+
+
+def test_a_start_is_trained_and_not_reported(compare, suite, tmp_path, toy_data, monkeypatch):
+    suite["rows"][0] |= {"role": "start", "name": "origin"}
+    suite["rows"][2]["init"] = "origin"
+    suite["baseline"] = "student+X"
+    commands = fake_training(monkeypatch, [50.0, 30.0, 4.0, 6.0])
+    report = execute(compare, suite, tmp_path)
+    assert len(commands) == 4
+    assert [row["name"] for row in report["rows"]] == ["teacher", "student+X"]
+
+
+def test_an_unknown_role_is_refused(tmp_path):
+    path = tmp_path / "suite.yaml"
+    rows = [{"name": "a", "config": "b", "role": "techer"}]
+    path.write_text(yaml.safe_dump({"dataset": "x", "rows": rows}))
+    with pytest.raises(ConfigError, match="role of row 'a': 'techer' is not one of teacher, start"):
+        suites.read_suite(str(path))
 
 
 def test_report_and_pictures(compare, suite, tmp_path, toy_data, monkeypatch):

@@ -18,7 +18,8 @@ A suite is a YAML file::
 
 Rows with role teacher are trained once, with their config's own seed; all others once a seed,
 distilled ones with KD.TEACHER.WEIGHTS pointing to the teacher (of several, the one whose config
-they name). A teacher may start from the weights of one above it: ``init: name``. Each run is
+they name). Any row may start from the weights of one above it that is trained once: ``init: name``.
+A row with role start is trained once to be such a start, and not reported. Each run is
 ``train_net.py`` in a process of its own, with its OUTPUT_DIR under ``--output``. A finished run is
 kept while its settings stay the same, an interrupted one is resumed.
 """
@@ -61,13 +62,19 @@ from projects.kd.report import (  # noqa: E402
     summarise,
     write_atomically,
 )
-from projects.kd.suites import Run, make_runs, read_suite, select_rows  # noqa: E402
+from projects.kd.suites import (  # noqa: E402
+    Run,
+    is_trained_once,
+    make_runs,
+    read_suite,
+    select_rows,
+)
 
 
 def execute_all(suite: dict, runs: list[Run], output: str, command: str, jobs: int) -> dict:
-    """Execute the teachers, then ``jobs`` other runs at a time; report after each."""
+    """Execute what is trained once, then ``jobs`` other runs at a time; report after each."""
     total = len(runs)
-    first = sum(run.row.get("role") == "teacher" for run in runs)
+    first = sum(is_trained_once(run.row) for run in runs)
     for i, run in enumerate(runs[:first], 1):
         run.execute(f"{i}/{total}")
     report = write_report(suite, runs, output, command)
@@ -94,7 +101,7 @@ def write_report(suite: dict, runs: list[Run], output: str, command: str) -> dic
     rows, curves, detections = [], {}, {}
     for row in suite["rows"]:
         own = [run for run in runs if run.row is row and run.seconds() is not None]
-        if not own:
+        if not own or row.get("role") == "start":
             continue
         name = row["name"]
         seconds = [run.seconds() for run in own]

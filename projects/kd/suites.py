@@ -8,14 +8,16 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 
 import yaml
 
 from .config import load_config
-from .errors import ConfigError
+from .errors import ConfigError, require_one_of
 from .report import TASK_METRICS, write_atomically
 from .run_folders import last_line, move_aside, read_or_none, run_quietly
 
+ONCE = ("teacher", "start")  # roles of rows that are trained once
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
@@ -33,6 +35,8 @@ def read_suite(path: str) -> dict:
     for row in suite["rows"]:
         if not {"name", "config"} <= set(row):
             raise ConfigError(f"--suite: '{path}': a row needs name and config: {row}")
+        if "role" in row:
+            require_one_of(f"--suite: '{path}': role of row '{row['name']}'", row["role"], ONCE)
     return suite
 
 
@@ -43,8 +47,7 @@ class Run:
         row, seed, suite: what is trained; a seed of None leaves the config's own.
         output: folder of the comparison.
         opts: config overrides, after those of suite and row.
-        needs: the run whose weights this one reads, of its teacher or of the teacher it starts
-            from.
+        needs: the runs whose weights this one reads: its teacher's, and those it starts from.
     """
 
     def __init__(
@@ -54,11 +57,11 @@ class Run:
         suite: dict,
         output: str,
         opts: list,
-        needs: Run | None = None,
+        needs: Sequence[Run] = (),
     ):
         self.row = row
         self.seed = seed
-        self.needs = needs
+        self.needs = list(needs)
         folder = row["name"] if seed is None else os.path.join(row["name"], f"seed{seed}")
         self.dir = os.path.join(output, "runs", folder)
         self.opts = [*suite.get("opts", []), *row.get("opts", []), *opts]
@@ -70,12 +73,17 @@ class Run:
         """Name and seed for messages."""
         return self.row["name"] + ("" if self.seed is None else f", seed {self.seed}")
 
+    @property
+    def weights(self) -> str:
+        """Where the trained weights will be."""
+        return os.path.join(self.dir, "model_final.pth")
+
     def stamp(self) -> str:
-        """Hash of all settings, of the needed run too: another teacher makes another run."""
+        """Hash of all settings, of the needed runs too: another teacher makes another run."""
         cfg = load_config(self.row["config"], [str(x) for x in self.opts])
         for key in ("OUTPUT_DIR", "VERSION"):
             cfg.pop(key)
-        text = cfg.dump() + (self.needs.stamp() if self.needs else "")
+        text = cfg.dump() + "".join(run.stamp() for run in self.needs)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def seconds(self) -> float | None:
@@ -122,65 +130,74 @@ class Run:
 
 
 def make_runs(suite: dict, seeds: list[int], output: str, opts: list) -> list[Run]:
-    """Teachers first, then every row for the first seed, for the second, ...
+    """What is trained once first, then every row for the first seed, for the second, ...
 
     Of several teachers a distilled row gets the one whose config it names in
-    KD.TEACHER.CONFIG_FILE; a plain row gets none.
+    KD.TEACHER.CONFIG_FILE; a plain row gets none. A row with ``init`` starts from the weights of
+    that row, which stands above it and is trained once.
     """
     rows = suite["rows"]
-    teachers: list[Run] = []
+    teachers = {}
+    once: dict[str, Run] = {}
     for row in rows:
-        if row.get("role") == "teacher":
-            teachers.append(_teacher_run(row, teachers, suite, output, opts))
-    by_config = {os.path.normpath(run.row["config"]): run for run in teachers}
-    if len(by_config) < len(teachers):
-        raise ConfigError("--suite: two rows with role teacher have the same config")
-    runs = list(teachers)
+        if is_trained_once(row):
+            once[row["name"]] = run = Run(row, None, suite, output, *_start(row, once, opts))
+            if row["role"] == "teacher" and teachers.setdefault(_config_of(row), run) is not run:
+                raise ConfigError("--suite: two rows with role teacher have the same config")
+    runs = list(once.values())
     for seed in seeds:
         for row in rows:
-            if row.get("role") == "teacher":
+            if is_trained_once(row):
                 continue
-            teacher = _teacher_of(row, by_config)
-            extra = list(opts)
+            teacher = _teacher_of(row, teachers)
+            extra, needs = _start(row, once, opts)
             if teacher is not None:
-                weights = os.path.join(teacher.dir, "model_final.pth")
-                extra = ["KD.TEACHER.WEIGHTS", weights, *extra]
-            runs.append(Run(row, seed, suite, output, extra, teacher))
+                extra = ["KD.TEACHER.WEIGHTS", teacher.weights, *extra]
+                needs = [teacher, *needs]
+            runs.append(Run(row, seed, suite, output, extra, needs))
     return runs
 
 
-def _teacher_run(row: dict, above: list[Run], suite: dict, output: str, opts: list) -> Run:
-    """A row with role teacher; with ``init`` it depends on the run that it starts from."""
+def is_trained_once(row: dict) -> bool:
+    """Teachers, and detectors that others start from: one training, whatever the seeds."""
+    return row.get("role") in ONCE
+
+
+def _start(row: dict, once: dict[str, Run], opts: list) -> tuple[list, list[Run]]:
+    """Options and needed runs of a row, as its ``init`` says."""
     if "init" not in row:
-        return Run(row, None, suite, output, opts)
-    origin = next((run for run in above if run.row["name"] == row["init"]), None)
-    if origin is None:
+        return list(opts), []
+    if row["init"] not in once:
         raise ConfigError(
             f"--suite: row '{row['name']}' starts from '{row['init']}', which is no row with role "
-            "teacher above it"
+            f"{' or '.join(ONCE)} above it"
         )
-    weights = os.path.join(origin.dir, "model_final.pth")
-    return Run(row, None, suite, output, ["MODEL.WEIGHTS", weights, *opts], origin)
+    origin = once[row["init"]]
+    return ["MODEL.WEIGHTS", origin.weights, *opts], [origin]
 
 
 def select_rows(rows: list[dict], names: list[str]) -> list[dict]:
     """The rows of these names, the teachers that they learn from (a single one always), and the
-    teachers that those start from.
+    rows that all of these start from.
     """
     unknown = set(names) - {row["name"] for row in rows}
     if unknown:
         known = ", ".join(row["name"] for row in rows)
         raise ConfigError(f"--only: no row '{min(unknown)}' in the suite, whose rows are {known}")
-    teachers = {os.path.normpath(x["config"]): x for x in rows if x.get("role") == "teacher"}
-    learning = [x for x in rows if x["name"] in names and x.get("role") != "teacher"]
+    teachers = {_config_of(x): x for x in rows if x.get("role") == "teacher"}
+    learning = [x for x in rows if x["name"] in names and not is_trained_once(x)]
     needed = [_teacher_of(row, teachers) for row in learning]
     kept = {*names, *(row["name"] for row in needed if row)}
     if len(teachers) == 1:
         kept |= {row["name"] for row in teachers.values()}
-    for row in reversed(rows):  # a teacher starts from one above it
+    for row in reversed(rows):  # a row starts from one above it
         if row["name"] in kept and "init" in row:
             kept.add(row["init"])
     return [row for row in rows if row["name"] in kept]
+
+
+def _config_of(row: dict) -> str:
+    return os.path.normpath(row["config"])
 
 
 def _teacher_of(row: dict, by_config: dict):
