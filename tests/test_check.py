@@ -4,7 +4,7 @@ import kd_models
 import pytest
 from detectron2.data import MetadataCatalog
 
-from projects.kd import IMITATION_HEAD_REGISTRY, ConfigError, ImitationHead, check_config
+from projects.kd import IMITATION_HEAD_REGISTRY, ConfigError, ImitationHead, check, check_config
 from projects.kd.distiller import DistillMetaArch
 
 SHAPES = "shapes_train"
@@ -199,3 +199,18 @@ def test_different_channels_without_an_adapter(cfg):
 def test_data_set_whose_file_is_not_there(cfg):
     cfg.DATASETS.TRAIN = ("lvis_v1_train",)
     refused(cfg, "DATASETS.TRAIN: data set 'lvis_v1_train' needs the file .*DETECTRON2_DATASETS")
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_slow_bfloat16_is_said(cfg, monkeypatch, caplog, able):
+    monkeypatch.setattr(check, "_cpu_computes_bfloat16", lambda: able)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.KD.TEACHER.DTYPE = "bfloat16"
+    with caplog.at_level("WARNING", logger=check.__name__):
+        check_config(cfg)
+        assert len(caplog.records) == (not able)
+        cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE = True, "bfloat16"
+        caplog.clear()
+        check_config(cfg)
+    said = [record.getMessage().split(":")[0] for record in caplog.records]
+    assert said == ([] if able else ["SOLVER.AMP.DTYPE", "KD.TEACHER.DTYPE"])

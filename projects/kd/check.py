@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 
@@ -18,6 +20,8 @@ from .taps import class_key, class_names_of, configured_classes
 from .teacher import DTYPES
 from .tiles import check_tiles
 from .visdrone_eval import READINGS
+
+logger = logging.getLogger(__name__)
 
 OPTIMIZERS = ("SGD", "AdamW", "Adam")
 CLIP_TYPES = ("value", "norm", "full_model")
@@ -47,6 +51,7 @@ def check_config(cfg, training: bool = True) -> None:
             _check_distillation(cfg)
         elif cfg.KD.INIT_FROM_TEACHER:
             raise ConfigError("KD.INIT_FROM_TEACHER needs KD.META_ARCHITECTURE and a teacher")
+        _warn_of_slow_bfloat16(cfg)
 
 
 def _check_meta_archs(cfg) -> None:
@@ -125,6 +130,27 @@ def _check_solver(cfg) -> None:
         raise ConfigError(f"SOLVER.EMA.DECAY is {solver.EMA.DECAY}, it must lie in [0, 1)")
     if solver.EMA.EVAL_ONLY and not solver.EMA.ENABLED:
         raise ConfigError("SOLVER.EMA.EVAL_ONLY needs SOLVER.EMA.ENABLED True")
+
+
+def _warn_of_slow_bfloat16(cfg) -> None:
+    """A CPU without instructions for bfloat16 takes several times as long as with float32."""
+    if cfg.MODEL.DEVICE != "cpu" or _cpu_computes_bfloat16():
+        return
+    asked = []
+    if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "bfloat16":
+        asked.append("SOLVER.AMP.DTYPE")
+    if cfg.KD.META_ARCHITECTURE and cfg.KD.TEACHER.DTYPE == "bfloat16":
+        asked.append("KD.TEACHER.DTYPE")
+    for key in asked:
+        logger.warning(
+            "%s: this CPU has no instructions for bfloat16, float32 is several times as fast", key
+        )
+
+
+def _cpu_computes_bfloat16() -> bool:
+    """False only where torch's library for CPUs says so."""
+    known = torch.backends.mkldnn.is_available()
+    return not known or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _check_distillation(cfg) -> None:
