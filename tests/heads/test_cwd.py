@@ -1,8 +1,9 @@
 """CWD keeps to the contract on features and on logits; values of the head, and what it refuses."""
 
+import dataclasses
+
 import pytest
 import torch
-from detectron2.layers import ShapeSpec
 from heads.contract import HeadContract
 from kd_testing import (
     CHANNELS,
@@ -57,13 +58,12 @@ def test_levels_are_summed():
     torch.testing.assert_close(build()(ctx)["loss_kd_cwd"], sum(alone))
 
 
-def test_logits_of_a_level_are_found_by_the_teachers_stride():
-    """The teacher's head may read more levels, under other names."""
+def test_logits_of_a_level_are_found_by_the_teachers_own_name():
+    """The teacher's head may read more levels, under other names, several of one stride."""
     teacher = toy_info(3)
-    names = {"c2": 4, "c3": 8, "c4": 16, "c5": 32}
-    own = {name: ShapeSpec(channels=3, stride=stride) for name, stride in names.items()}
-    teacher.model.backbone.output_shape = lambda: own
-    teacher.model.head_in_features = list(own)
+    own = {level: level.replace("p", "c") for level in teacher.shapes}
+    teacher = dataclasses.replace(teacher, own_names=own)
+    teacher.model.head_in_features = ["dilated c3", *own.values()]
     head = build(teacher=teacher, TARGET="dense")
     assert head.requires == {"dense"}
     ctx = make_context(channels=(3, 3), same=True)

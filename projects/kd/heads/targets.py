@@ -158,14 +158,13 @@ def _adapters(cfg, key, target, levels, student, teacher) -> nn.ModuleDict:
 
 
 def _dense_index(levels, student, teacher, name) -> dict[str, tuple[int, int]]:
-    """Level to the places of its logits, found by stride on the teacher's side."""
-    ours = list(student.model.head_in_features)
-    shapes = teacher.model.backbone.output_shape()
-    theirs = [shapes[level].stride for level in teacher.model.head_in_features]
-    missing = [x for x in levels if x not in ours or teacher.shapes[x].stride not in theirs]
+    """Level to the places of its logits in what the two heads give."""
+    ours, theirs = (list(info.model.head_in_features) for info in (student, teacher))
+    own = {level: teacher.own_names.get(level, level) for level in levels}
+    missing = [level for level in levels if level not in ours or own[level] not in theirs]
     if missing:
         raise ConfigError(
             f"KD.{name}.LEVELS (or KD.LEVELS): both one-stage heads must read "
             f"{', '.join(missing)} for KD.{name}.TARGET 'dense'"
         )
-    return {x: (ours.index(x), theirs.index(teacher.shapes[x].stride)) for x in levels}
+    return {level: (ours.index(level), theirs.index(own[level])) for level in levels}
