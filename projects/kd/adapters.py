@@ -11,7 +11,7 @@ from torch import nn
 
 from .errors import ConfigError, require_one_of
 
-ADAPTER_TYPES = ("auto", "none", "conv1x1", "conv3x3")
+ADAPTER_TYPES = ("auto", "none", "conv1x1", "conv3x3", "conv1x1_bn_relu")
 
 
 def build_adapter(
@@ -19,12 +19,14 @@ def build_adapter(
 ) -> nn.Module:
     """A module that maps (N, C_student, H, W) to (N, C_teacher, H, W).
 
-    No norm and no activation follow: FPN outputs are signed, a ReLU would put half of the targets
-    out of reach. Convolutions start from torch's default initialisation.
+    But for "conv1x1_bn_relu" no norm and no activation follow: FPN outputs are signed, a ReLU would
+    put half of the targets out of reach. Convolutions start from torch's default initialisation.
 
     Args:
-        kind: "none" (identity), "conv1x1", "conv3x3", or "auto" (identity where the channels
-            agree, else 1x1; ours).
+        kind: "none" (identity), "conv1x1", "conv3x3", "auto" (identity where the channels agree,
+            else 1x1; ours), or "conv1x1_bn_relu": 1x1 without bias, BatchNorm and ReLU, for targets
+            that end in a ReLU, such as decoders of segmentation heads (as CWD's published code has
+            it; its statistics are those of each process's batch).
         student_channels, teacher_channels: C on both sides.
         key: the config key that gave ``kind``, for messages.
 
@@ -41,6 +43,9 @@ def build_adapter(
                 f"the teacher {teacher_channels}; use 'conv1x1'"
             )
         return nn.Identity()
+    if kind == "conv1x1_bn_relu":
+        convolution = nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
+        return nn.Sequential(convolution, nn.BatchNorm2d(teacher_channels), nn.ReLU())
     size = int(kind[-1])
     return nn.Conv2d(student_channels, teacher_channels, size, padding=size // 2)
 

@@ -122,7 +122,8 @@ def _add_distillation_keys(cfg: CN) -> None:
 
     kd.ADAPTER = CN()
     # Student-to-teacher channel adapter of heads that need one. "auto" = none where the channels
-    # agree, else a 1x1 convolution; or "none", "conv1x1", "conv3x3".
+    # agree, else a 1x1 convolution; or "none", "conv1x1", "conv3x3", and "conv1x1_bn_relu" for maps
+    # that end in a ReLU.
     kd.ADAPTER.TYPE = "auto"
     # Multiplier of SOLVER.BASE_LR for adapter parameters.
     kd.ADAPTER.LR_FACTOR = 1.0

@@ -39,8 +39,8 @@ class CWD(MapImitation):
         tau: temperature.
         roi: reader of "masks" or "keypoints", see :class:`RoiMaps`. With ``tau`` 1 the latter
             compares the distributions that Keypoint R-CNN's own loss is about.
-        **base: see :class:`MapImitation`; adapters are linear (ours, the published one for
-            segmentation adds a norm and ReLU).
+        **base: see :class:`MapImitation`. Adapters are linear by default (ours); the published one
+            for segmentation is KD.ADAPTER.TYPE "conv1x1_bn_relu".
     """
 
     targets = (*TARGETS, *ROI_TARGETS)
