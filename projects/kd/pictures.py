@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.structures import BoxMode  # noqa: E402
-from matplotlib.patches import Rectangle  # noqa: E402
+from matplotlib.patches import Patch, Rectangle  # noqa: E402
 from pycocotools import mask as mask_util  # noqa: E402
 
 from .errors import ConfigError  # noqa: E402
@@ -68,11 +68,11 @@ def cost_scatter(points: Mapping[str, tuple[float, float]], path: str, metric: s
     """
     figure, axes = plt.subplots(figsize=(6.5, 4))
     for i, (name, (cost, value)) in enumerate(points.items()):
-        axes.plot(cost, value, "o", color=_COLOURS[i % 10])
-        axes.annotate(name, (cost, value), (5, 4), textcoords="offset points", fontsize=8)
+        axes.plot(cost, value, "osD^"[i // 10 % 4], color=_COLOURS[i % 10], label=name)
+    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
     axes.set_xlabel("time of a training iteration / plain student's")
     axes.set_ylabel(metric)
-    axes.margins(x=0.2, y=0.1)
+    axes.margins(x=0.1, y=0.1)
     axes.grid(alpha=0.3)
     _save(figure, path)
 
@@ -82,7 +82,7 @@ def label_maps_side_by_side(
 ) -> None:
     """One line an image: the image, its label map, then the prediction of each model.
 
-    Pixels without a class are black.
+    Pixels without a class are black. A legend names the classes that occur in the label maps.
 
     Args:
         dataset: a registered data set with label maps.
@@ -118,7 +118,14 @@ def label_maps_side_by_side(
         axes.axis("off")
     for axes, name in zip(grid[0], ["image", "label", *columns], strict=True):
         axes.set_title(name, fontsize=10)
-    _save(figure, path)
+    seen = sorted({c for r in chosen for c in np.unique(_labels(r["sem_seg_file_name"])).tolist()})
+    patches = [
+        Patch(color=_class_colours(count)[c], label=metadata.stuff_classes[c])
+        for c in seen
+        if c < count and c != ignore
+    ]
+    legend = figure.legend(handles=patches, loc="lower center", ncols=8, fontsize=8)
+    _save(figure, path, below=legend)
 
 
 def _labels(file: str) -> np.ndarray:
@@ -137,10 +144,14 @@ def _predicted_maps(file: str, wanted: set[str], to_class: Mapping[int, int]) ->
     return found
 
 
+def _class_colours(count: int) -> np.ndarray:
+    """(count, 3) in 0..1."""
+    return plt.get_cmap("tab20")(np.arange(count) % 20)[:, :3]
+
+
 def _coloured(labels: np.ndarray, count: int, ignore: int) -> np.ndarray:
     """(H, W) labels to (H, W, 3) in 0..1."""
-    colours = plt.get_cmap("tab20")(np.arange(count) % 20)[:, :3]
-    picture = colours[np.minimum(labels, count - 1)]
+    picture = _class_colours(count)[np.minimum(labels, count - 1)]
     picture[(labels == ignore) | (labels >= count)] = 0.0
     return picture
 
@@ -249,10 +260,15 @@ def write_picture(figure, path: str, **options) -> None:
         plt.close(figure)
 
 
-def _save(figure, path: str) -> None:
-    figure.tight_layout()
+def _save(figure, path: str, below=None) -> None:
+    """Write a figure; ``below`` is a legend at its lower edge that the axes make room for."""
+    height = 0.0
+    if below is not None:
+        figure.canvas.draw()
+        height = below.get_window_extent().height / figure.bbox.height
+    figure.tight_layout(rect=(0, height, 1, 1))
     root, extension = os.path.splitext(path)
-    temporary = f"{root}.tmp{extension}"
+    temporary = f"{root}.tmp{os.getpid()}{extension}"  # two comparisons may share a folder
     figure.savefig(temporary, dpi=130)
     plt.close(figure)
     os.replace(temporary, path)
