@@ -196,9 +196,9 @@ def test_a_start_is_trained_and_not_reported(compare, suite, tmp_path, toy_data,
 
 def test_an_unknown_role_is_refused(tmp_path):
     path = tmp_path / "suite.yaml"
-    rows = [{"name": "a", "config": "b", "role": "techer"}]
+    rows = [{"name": "a", "config": "b", "role": "guide"}]
     path.write_text(yaml.safe_dump({"dataset": "x", "rows": rows}))
-    with pytest.raises(ConfigError, match="role of row 'a': 'techer' is not one of teacher, start"):
+    with pytest.raises(ConfigError, match="role of row 'a': 'guide' is not one of teacher, start"):
         suites.read_suite(str(path))
 
 
