@@ -151,7 +151,7 @@ def test_it_learns_one_batch():
     model = build(detector_cfg("RepPoints"))
     batch = make_batch(((64, 64),) * 2)
     before = losses_at(model.train(), batch)["loss_rep_init"].item()
-    overfit(model, batch, steps=20, lr=5e-3)
+    overfit(model, batch, steps=20)  # at 5e-3 where it stands after 20 depends on the CPU
     assert losses_at(model.train(), batch)["loss_rep_init"].item() < 0.6 * before
 
 
