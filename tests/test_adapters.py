@@ -38,13 +38,9 @@ def test_norm_and_relu_follow_where_asked():
     adapter = build_adapter("conv1x1_bn_relu", 4, 6)
     x = torch.randn(2, 4, 5, 7)
     mapped = torch.einsum("oi,nihw->nohw", adapter[0].weight.flatten(1), x)
-    mean, var = (f(mapped, (0, 2, 3), keepdim=True) for f in (torch.mean, biased_var))
+    var, mean = torch.var_mean(mapped, (0, 2, 3), correction=0, keepdim=True)
     expected = ((mapped - mean) / (var + adapter[1].eps).sqrt()).clamp(min=0)
     torch.testing.assert_close(adapter(x), expected, atol=1e-5, rtol=1e-4)
-
-
-def biased_var(x, axes, keepdim):
-    return x.var(axes, unbiased=False, keepdim=keepdim)
 
 
 def test_refusals_name_the_key():
