@@ -2,7 +2,7 @@
 """Time and memory of D3ETR on a Conditional DETR pair with random weights.
 
     python tools/benchmark_d3etr.py [--threads 2] [--rounds 5] [--output x.json]
-        [--config-file configs/COCO-DETR/...d3etr...yaml] [KEY VALUE ...]
+        [--config-file configs/COCO-DETR/...d3etr...yaml] [--device cuda] [KEY VALUE ...]
 
 Two images of noise of 800x1333 with 20 boxes each. Measured:
 
@@ -34,7 +34,7 @@ from tabulate import tabulate  # noqa: E402
 
 from projects.kd import load_config  # noqa: E402
 from projects.kd.benchmark import Bench, as_leaves, without_weights  # noqa: E402
-from projects.kd.errors import exit_on_user_error  # noqa: E402
+from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
 from projects.kd.functional.d3etr import layer_map  # noqa: E402
 from projects.kd.heads.d3etr import Pairs  # noqa: E402
 from projects.kd.measure import Spread, interleave, peak_bytes, ratio  # noqa: E402
@@ -47,7 +47,8 @@ BOXES, MIB = 20, 2**20
 def build(args) -> Bench:
     """The pair, without files and with a rate that moves nothing."""
     cfg = load_config(args.config_file, args.opts)
-    return Bench(without_weights(cfg), ("D3ETR",), args.size, BOXES, images=args.images)
+    cfg = without_weights(cfg, args.device)
+    return Bench(cfg, ("D3ETR",), args.size, BOXES, images=args.images)
 
 
 def matching(bench: Bench, rounds: int) -> dict:
@@ -65,7 +66,7 @@ def matching(bench: Bench, rounds: int) -> dict:
         head.adaptive_pairs(decoded, ctx.teacher_outputs["decoded"])
 
     actions = {"adaptive": adaptive, "ground truth": ground_truth}
-    return interleave(actions, rounds=max(rounds, 11))
+    return interleave(actions, bench.device, rounds=max(rounds, 11))
 
 
 def steps(bench: Bench, rounds: int) -> dict:
@@ -75,7 +76,8 @@ def steps(bench: Bench, rounds: int) -> dict:
     queries = torch.randn_like(student.query_embed.weight).requires_grad_()
 
     def second_group():
-        decoded = student.decode(memory, queries)
+        with bench.autocast():
+            decoded = student.decode(memory, queries)
         (decoded.logits.sum() + decoded.boxes.sum()).backward()
 
     base = bench.base()
@@ -85,7 +87,7 @@ def steps(bench: Bench, rounds: int) -> dict:
         second_group()
 
     actions = {"floor": floor, "whole": bench.step(bench.model)}
-    seconds = interleave(actions, rounds=rounds, warm_up=1)
+    seconds = interleave(actions, bench.device, rounds=rounds, warm_up=1)
     actions["whole"].clear()
     return seconds
 
@@ -98,28 +100,24 @@ def attention_terms(bench: Bench) -> dict:
     with torch.no_grad():
         pairs = head.adaptive_pairs(student, teacher)
     # queries and keys are leaves: memory is counted from them on
-    groups = [student, as_leaves(head.second_group(ctx, student))]
-    chosen = [pairs, [Pairs()] * len(layers)]
+    groups = [(student, pairs), (as_leaves(head.second_group(ctx, student)), Pairs())]
     head.terms = {"self": 1.0, "cross": 1.0}
 
     def ours():
-        total = 0.0
-        for group, own in zip(groups, chosen, strict=True):
-            for k, other in enumerate(layers):
-                total = total + sum(head._terms(group, k, teacher, other, own[k]).values())
+        terms = [head.imitate(group, teacher, layers, own) for group, own in groups]
+        total = sum(x for group in terms for x in group.values())
         total.backward()
         return total.item()
 
     def full_maps():
         total = 0.0
-        for group, own in zip(groups, chosen, strict=True):
+        for group, own in groups:
             for k, other in enumerate(layers):
-                index = own[k]
                 for name in ("self_attention", "cross_attention"):
                     maps = [getattr(x, name)[i].map() for x, i in ((group, k), (teacher, other))]
                     chosen_rows = [
                         _rows(x, i, columns=name == "self_attention")
-                        for x, i in zip(maps, (index.student, index.teacher), strict=True)
+                        for x, i in zip(maps, own.layer(k), strict=True)
                     ]
                     own_map, target = (x.clamp(min=1e-12) for x in chosen_rows)
                     total = total + (target * (target.log() - own_map.log())).sum(-1).mean()
@@ -149,19 +147,23 @@ def parse_arguments(argv=None):
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="default: torch's")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--output", default="", help="a .json file for all numbers")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE ...")
     return parser.parse_args(argv)
 
 
 def main(args) -> dict:
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: there is no GPU here")
     if args.threads:
         torch.set_num_threads(args.threads)
     logging.disable(logging.WARNING)
     with EventStorage(1):
         bench = build(args)
         seconds = matching(bench, args.rounds) | steps(bench, args.rounds)
-        memory = {name: peak_bytes(action) for name, action in attention_terms(bench).items()}
+        terms = attention_terms(bench)
+        memory = {name: peak_bytes(action, bench.device) for name, action in terms.items()}
     share = ratio(seconds["whole"], seconds["floor"])
     spreads = {name: Spread.of(values) for name, values in seconds.items()}
     rows = [
@@ -174,7 +176,8 @@ def main(args) -> dict:
     print(tabulate(rows, ["part", "median (quartiles)"]))
     result = {
         "config": args.config_file, "images": args.images, "size": list(args.size), "boxes": BOXES,
-        "threads": torch.get_num_threads(), "bytes": memory, "step": share.as_dict(),
+        "device": args.device, "threads": torch.get_num_threads(), "bytes": memory,
+        "step": share.as_dict(),
         "seconds": {name: x.as_dict() for name, x in spreads.items()},
     }  # fmt: skip
     if args.output:

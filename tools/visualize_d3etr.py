@@ -71,12 +71,9 @@ def decode_both(model, example: dict):
 
 def partners(head, student, teacher) -> list[torch.Tensor]:
     """Per student layer (Q_t,): the student query of each teacher query, -1 without one."""
-    result = []
-    for pairs in head.adaptive_pairs(student, teacher):
-        table = torch.full((teacher.logits.shape[2],), -1)
-        table[pairs.teacher[0].cpu()] = pairs.student[0].cpu()
-        result.append(table)
-    return result
+    pairs = head.adaptive_pairs(student, teacher)
+    table = torch.full((len(student.logits), teacher.logits.shape[2]), -1)
+    return list(table.scatter_(1, pairs.teacher[:, 0].cpu(), pairs.student[:, 0].cpu()))
 
 
 def load_student(model, path: str, key: str) -> None:

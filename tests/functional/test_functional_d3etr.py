@@ -108,6 +108,17 @@ def test_prediction_loss_equals_a_loop(weight):
     torch.testing.assert_close(found, total / norm)
 
 
+@pytest.mark.parametrize("weight", d3etr.QUERY_WEIGHTS)
+def test_prediction_loss_normalises_every_layer_by_itself(weight):
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(2, 3, 2, 4, 5, generator=generator)  # side, layer, image, pair, class
+    boxes = torch.rand(2, 3, 2, 4, 4, generator=generator)
+    sides = logits[0], boxes[0], logits[1], boxes[1]
+    found = prediction_loss(*sides, query_weight=weight)
+    each = [prediction_loss(*(x[k] for x in sides), query_weight=weight) for k in range(3)]
+    torch.testing.assert_close(found, torch.stack(each))
+
+
 def test_prediction_loss_golden_number():
     """One pair, one class, equal boxes: w cancels and KL(sigmoid(1) || sigmoid(0)) remains."""
     box = torch.tensor([[[0.5, 0.5, 0.2, 0.2]]])

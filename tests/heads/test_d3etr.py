@@ -15,6 +15,7 @@ from projects.kd.functional.d3etr import attention_loss, prediction_loss
 from projects.kd.functional.set_prediction import assign
 from projects.kd.heads import build_imitation_heads
 from projects.kd.heads import d3etr as d3etr_module
+from projects.kd.heads.d3etr import Pairs
 from projects.kd.modeling.set_criterion import Targets, to_matches
 
 TERMS = {f"loss_kd_d3etr_{name}" for name in ("pred", "self", "cross")}
@@ -100,8 +101,9 @@ def build(student, teacher, **node):
 
 
 def pairs_of(head, ctx):
-    """The adaptive pairs of every layer."""
-    return head.adaptive_pairs(ctx.student_outputs["decoded"], ctx.teacher_outputs["decoded"])
+    """The adaptive pairs, layer by layer."""
+    pairs = head.adaptive_pairs(ctx.student_outputs["decoded"], ctx.teacher_outputs["decoded"])
+    return [Pairs(*layer) for layer in zip(pairs.student, pairs.teacher, strict=True)]
 
 
 # --- the two groups (2) --------------------------------------------------------------------------

@@ -105,20 +105,20 @@ def prediction_loss(
     """Difference of paired predictions.
 
     ``sum_i w_i (class_weight * D_i + l1_weight * |b_s - b_t|_1 + giou_weight * (1 - GIoU)) /
-    sum_i w_i`` over images and pairs, with ``D_i = sum_c KL(sigmoid(z_t[c]) || sigmoid(z_s[c]))``
-    (binary cross entropy less the teacher's entropy: the same gradient, 0 for equal inputs) and
-    ``w_i`` the teacher's highest class probability, or 1. Ours: the classifier is a sigmoid; and
-    without the weights some ten objects would stand beside hundreds of queries that mean nothing
-    (KD-DETR's foreground weighting).
+    sum_i w_i`` over images and pairs of a layer, with
+    ``D_i = sum_c KL(sigmoid(z_t[c]) || sigmoid(z_s[c]))`` (binary cross entropy less the teacher's
+    entropy: the same gradient, 0 for equal inputs) and ``w_i`` the teacher's highest class
+    probability, or 1. Ours: the classifier is a sigmoid; and without the weights some ten objects
+    would stand beside hundreds of queries that mean nothing (KD-DETR's foreground weighting).
 
     Args:
-        student_logits, teacher_logits: (N, P, K), pair by pair.
-        student_boxes, teacher_boxes: (N, P, 4).
+        student_logits, teacher_logits: (..., N, P, K), pair by pair; ... are layers.
+        student_boxes, teacher_boxes: (..., N, P, 4).
         class_weight, l1_weight, giou_weight: as above.
         query_weight: one of ``QUERY_WEIGHTS``.
 
     Returns:
-        Scalar, 0 for equal inputs up to rounding; the teacher gets no gradient.
+        (...), 0 for equal inputs up to rounding; the teacher gets no gradient.
     """
     teacher_logits, teacher_boxes = teacher_logits.detach(), teacher_boxes.detach()
     probability = teacher_logits.sigmoid()
@@ -128,9 +128,9 @@ def prediction_loss(
     distance, overlap = box_losses(student_boxes, teacher_boxes)
     each = class_weight * divergence.sum(-1) + l1_weight * distance + giou_weight * overlap
     if query_weight == "uniform":
-        return each.mean()
+        return each.mean((-2, -1))
     weights = probability.amax(-1)
-    return (weights * each).sum() / weights.sum().clamp(min=1e-6)
+    return (weights * each).sum((-2, -1)) / weights.sum((-2, -1)).clamp(min=1e-6)
 
 
 def attention_loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,14 +67,18 @@ def add_d3etr_config(cfg) -> None:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which queries belong together in one layer.
+    """Which queries belong together, in every layer of the student.
 
     Attributes:
-        student, teacher: (N, P) int64; None on both sides = j belongs to j.
+        student, teacher: (L, N, P) int64; None on both sides = j belongs to j.
     """
 
     student: torch.Tensor | None = None
     teacher: torch.Tensor | None = None
+
+    def layer(self, k: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Those of one layer, (N, P) each."""
+        return (None, None) if self.student is None else (self.student[k], self.teacher[k])
 
 
 @IMITATION_HEAD_REGISTRY.register()
@@ -168,16 +173,12 @@ class D3ETR(ImitationHead):
         layers = layer_map(len(student.logits), len(teacher.logits))
         second = self.second_group(ctx, student) if self.fixed else None
         pairs, detection = self._match(ctx, student, teacher, second, layers)
-        losses = dict.fromkeys(self.terms, 0.0)
-        for k, other in enumerate(layers):
-            groups = [(student, pairs[k])] if self.adaptive else []
-            groups += [(second, Pairs())] if self.fixed else []
-            for group, own in groups:
-                for name, value in self._terms(group, k, teacher, other, own).items():
-                    losses[name] = losses[name] + value
+        groups = [(student, pairs)] if self.adaptive else []
+        groups += [(second, Pairs())] if self.fixed else []
+        each = [self.imitate(group, teacher, layers, own) for group, own in groups]
         result = {
-            f"loss_kd_d3etr_{name}": self.weight * self.terms[name] * value
-            for name, value in losses.items()
+            f"loss_kd_d3etr_{name}": self.weight * factor * sum(terms[name] for terms in each)
+            for name, factor in self.terms.items()
         }
         if detection is not None:
             result["loss_kd_d3etr_aux"] = self.weight * self.aux_weight * detection
@@ -220,8 +221,8 @@ class D3ETR(ImitationHead):
         losses = criterion.losses(second.logits, second.boxes, targets, matches)
         return pairs, sum(value.sum() for value in losses.values())
 
-    def adaptive_pairs(self, student: Decoded, teacher: Decoded) -> list[Pairs]:
-        """Which queries belong together, in each layer of the student."""
+    def adaptive_pairs(self, student: Decoded, teacher: Decoded) -> Pairs:
+        """Which queries belong together in each layer, by the cost of pairing them."""
         layers = layer_map(len(student.logits), len(teacher.logits))
         costs, chosen = self._adaptive_costs(student, teacher, layers)
         return self._adaptive_pairs(assign(costs, "KD.D3ETR"), chosen)
@@ -238,42 +239,60 @@ class D3ETR(ImitationHead):
         )
         return list(cost.flatten(0, 1).unbind()), chosen
 
-    def _adaptive_pairs(self, solved, chosen: torch.Tensor) -> list[Pairs]:
+    def _adaptive_pairs(self, solved, chosen: torch.Tensor) -> Pairs:
         table = torch.stack([torch.from_numpy(pair) for pair in solved])
         table = table.to(chosen.device, non_blocking=True).unflatten(0, chosen.shape[:2])
         student, teacher = table.unbind(2)  # (L, N, P) each
-        teacher = chosen.gather(-1, teacher)
-        return [Pairs(*layer) for layer in zip(student, teacher, strict=True)]
+        return Pairs(student, chosen.gather(-1, teacher))
 
     # -- the three terms ---------------------------------------------------------------------------
 
-    def _terms(self, group: Decoded, k: int, teacher: Decoded, other: int, pairs: Pairs):
-        """The terms of layer ``k`` of a group against the teacher's layer ``other``."""
+    def imitate(
+        self, group: Decoded, teacher: Decoded, layers: list[int], pairs: Pairs
+    ) -> dict[str, torch.Tensor]:
+        """The terms "pred", "self" and "cross" of a group, sums over its layers.
+
+        Args:
+            group: the student's decoder on one group of queries.
+            teacher: its decoder's outputs.
+            layers: the teacher's layer for each of the student's.
+            pairs: which queries belong together.
+        """
         terms = {}
         if "pred" in self.terms:
             terms["pred"] = prediction_loss(
-                _take(group.logits[k], pairs.student),
-                _take(group.boxes[k], pairs.student),
-                _take(teacher.logits[other], pairs.teacher),
-                _take(teacher.boxes[other], pairs.teacher),
+                _take(group.logits, pairs.student),
+                _take(group.boxes, pairs.student),
+                _take(teacher.logits[layers], pairs.teacher),
+                _take(teacher.boxes[layers], pairs.teacher),
                 **self.parts,
-            )
+            ).sum()
         if "self" in self.terms:
-            ours, theirs = group.self_attention[k], teacher.self_attention[other]
-            terms["self"] = attention_loss(
-                *_rows(ours, pairs.student, keys=True), *_rows(theirs, pairs.teacher, keys=True)
-            )
+            # small maps: all layers at once, as if they were images
+            theirs = [teacher.self_attention[k] for k in layers]
+            ours = _stacked(group.self_attention, pairs.student)
+            mean = attention_loss(*ours, *_stacked(theirs, pairs.teacher))
+            terms["self"] = len(layers) * mean
         if "cross" in self.terms:
-            ours, theirs = group.cross_attention[k], teacher.cross_attention[other]
-            terms["cross"] = attention_loss(
-                *_rows(ours, pairs.student),
-                *_rows(theirs, pairs.teacher),
-                ours.valid,
-                theirs.valid,
-                group.memory.grid,
-                teacher.memory.grid,
+            terms["cross"] = sum(
+                self._cross(group, k, teacher, other, *pairs.layer(k))
+                for k, other in enumerate(layers)
             )
         return terms
+
+    def _cross(self, group, k: int, teacher, other: int, own_rows, their_rows):
+        """Cross-attention of layer ``k`` against the teacher's layer ``other``."""
+        ours, theirs = group.cross_attention[k], teacher.cross_attention[other]
+        return attention_loss(
+            _of_heads(ours.query, own_rows),
+            ours.key,
+            _of_heads(theirs.query, their_rows),
+            theirs.key,
+            ours.valid,
+            theirs.valid,
+            group.memory.grid,
+            teacher.memory.grid,
+        )
 
 
 def _take(values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
@@ -281,13 +300,16 @@ def _take(values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
     return values if index is None else torch.take_along_dim(values, index[..., None], dim=-2)
 
 
-def _rows(attention: Attention, index: torch.Tensor | None, keys: bool = False):
-    """Queries of the chosen rows, and all keys or (``keys``) those of the same choice."""
-    if index is None:
-        return attention.query, attention.key
-    index = index[:, None]  # for all heads
-    key = _take(attention.key, index) if keys else attention.key
-    return _take(attention.query, index), key
+def _of_heads(values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """(N, M, Q, d) and (N, P), the same for all heads, to (N, M, P, d)."""
+    return values if index is None else _take(values, index[:, None])
+
+
+def _stacked(layers: Sequence[Attention], index: torch.Tensor | None):
+    """Queries and keys of self-attention, both of the chosen rows: (L N, M, P, d) each."""
+    rows = None if index is None else index.flatten(0, 1)
+    query, key = (torch.cat([getattr(x, name) for x in layers]) for name in ("query", "key"))
+    return _of_heads(query, rows), _of_heads(key, rows)
 
 
 def _check_node(cfg, student: ModelInfo, teacher: ModelInfo) -> None:
