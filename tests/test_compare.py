@@ -202,6 +202,35 @@ def test_an_unknown_role_is_refused(tmp_path):
         suites.read_suite(str(path))
 
 
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        ({"score": 1.5}, "score is 1.5, use 0 to 1"),
+        ({"score": "low"}, "score is low, use 0 to 1"),
+        ({"score": 0.1, "task": "sem_seg"}, "label maps have no score"),
+    ],
+)
+def test_a_score_that_cannot_be_meant_is_refused(tmp_path, entries, message):
+    path = tmp_path / "suite.yaml"
+    rows = [{"name": "a", "config": "b"}]
+    path.write_text(yaml.safe_dump({"dataset": "x", "rows": rows, **entries}))
+    with pytest.raises(ConfigError, match=message):
+        suites.read_suite(str(path))
+
+
+def test_detections_above_the_suites_score_are_drawn(
+    compare, suite, tmp_path, toy_data, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(
+        compare, "detections_side_by_side", lambda *args, threshold: drawn.append(threshold)
+    )
+    for entries in ({}, {"score": 0.1}):
+        fake_training(monkeypatch, [30.0, 1.0, 4.0, 3.0, 8.0])
+        execute(compare, suite | entries, tmp_path / "out")
+    assert drawn == [0.3, 0.1]
+
+
 def test_report_and_pictures(compare, suite, tmp_path, toy_data, monkeypatch):
     commands = fake_training(monkeypatch, [30.0, 1.0, 4.0, 3.0, 8.0])
     report = execute(compare, suite, tmp_path / "out")

@@ -10,6 +10,7 @@ A suite is a YAML file::
     task: bbox                         # or segm, keypoints, sem_seg: what the table shows
     baseline: student                  # the row that gains and costs are counted from
     show: [teacher, student, ...]      # columns of the picture of detections or label maps
+    score: 0.3                         # detections below are not drawn; not for sem_seg
     opts: [KEY, value, ...]            # overrides for every run
     rows:
       - {name: teacher, config: ..., role: teacher}
@@ -159,10 +160,14 @@ def write_report(suite: dict, runs: list[Run], output: str, command: str) -> dic
         ap_curves(curves, os.path.join(output, "curves.png"), metrics[0])
     shown = [name for name in suite.get("show", detections) if name in detections]
     if shown:
-        draw = label_maps_side_by_side if task == "sem_seg" else detections_side_by_side
-        picture = "label_maps.png" if task == "sem_seg" else "detections.png"
         found = {name: detections[name] for name in shown}
-        draw(suite["dataset"], found, os.path.join(output, picture))
+        if task == "sem_seg":
+            picture = os.path.join(output, "label_maps.png")
+            label_maps_side_by_side(suite["dataset"], found, picture)
+        else:
+            picture = os.path.join(output, "detections.png")
+            threshold = suite.get("score", 0.3)
+            detections_side_by_side(suite["dataset"], found, picture, threshold=threshold)
     return report
 
 

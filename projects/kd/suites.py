@@ -32,6 +32,13 @@ def read_suite(path: str) -> dict:
         raise ConfigError(f"--suite: '{path}' needs the entries dataset and rows")
     if suite.get("task", "bbox") not in TASK_METRICS:
         raise ConfigError(f"--suite: '{path}': task is none of {', '.join(TASK_METRICS)}")
+    if "score" in suite:
+        if suite.get("task") == "sem_seg":
+            raise ConfigError(
+                f"--suite: '{path}': label maps have no score, remove the entry score"
+            )
+        if not isinstance(suite["score"], (int, float)) or not 0 <= suite["score"] <= 1:
+            raise ConfigError(f"--suite: '{path}': score is {suite['score']}, use 0 to 1")
     for row in suite["rows"]:
         if not {"name", "config"} <= set(row):
             raise ConfigError(f"--suite: '{path}': a row needs name and config: {row}")
