@@ -77,10 +77,13 @@ def test_another_loss_on_the_second_device_is_named(config, monkeypatch, capsys)
     assert "student: fp32: loss_kd_cwd differs by 0.0099 (limit 0.001)" in out
 
 
-def test_bad_input(config, tmp_path):
+def test_bad_input(config, tmp_path, monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="--device cuda: there is no GPU here"):
             tool.main(tool.parse_arguments(["--config-file", config]))
     plain = write_config(tiny_cfg("RetinaNet"), tmp_path / "plain.yaml")
     with pytest.raises(ConfigError, match="KD.META_ARCHITECTURE of .* is empty"):
         tool.main(tool.parse_arguments(["--config-file", plain, *ON_CPU]))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="there is no configs/shapes/.* here; name the configs"):
+        tool.main(tool.parse_arguments(ON_CPU))

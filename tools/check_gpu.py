@@ -50,8 +50,8 @@ LIMITS = {"fp32": (1e-3, 1e-3), "bfloat16": (0.1, 0.1), "float16": (0.1, 0.1)}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 SCALE = 1024.0
 EVERYTHING = [
-    *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 10**6, "MODEL.RPN.POSITIVE_FRACTION", 0.5),
-    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 10**5, "MODEL.ROI_HEADS.POSITIVE_FRACTION", 0.5),
+    *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 10**6),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 10**5),
 ]
 
 
@@ -165,6 +165,8 @@ def main(args) -> bool:
     torch.backends.cudnn.allow_tf32 = False
     logging.disable(logging.WARNING)
     paths = args.config_file or sorted(glob.glob(CONFIGS))
+    if not paths:
+        raise ConfigError(f"--config-file: there is no {CONFIGS} here; name the configs to check")
     progress, results, failed = Progress(len(paths)), {}, {}
     for path in paths:
         name = os.path.splitext(os.path.basename(path))[0]
