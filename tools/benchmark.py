@@ -57,6 +57,7 @@ from projects.kd.measure import (  # noqa: E402
     interleave,
     peak_bytes,
     ratio,
+    require_device,
 )
 
 BUILT_IN = {"retinanet": "retinanet_R_50_FPN_1x", "faster_rcnn": "faster_rcnn_R_50_FPN_1x"}
@@ -298,8 +299,7 @@ def machine(args) -> dict:
 
 
 def main(args):
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: there is no GPU here")
+    require_device(args.device)
     if args.threads > 0:
         torch.set_num_threads(args.threads)
     if args.task == "data" and not args.config_file:

@@ -34,10 +34,10 @@ from tabulate import tabulate  # noqa: E402
 
 from projects.kd import load_config  # noqa: E402
 from projects.kd.benchmark import Bench, as_leaves, without_weights  # noqa: E402
-from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
+from projects.kd.errors import exit_on_user_error  # noqa: E402
 from projects.kd.functional.d3etr import layer_map  # noqa: E402
 from projects.kd.heads.d3etr import Pairs  # noqa: E402
-from projects.kd.measure import Spread, interleave, peak_bytes, ratio  # noqa: E402
+from projects.kd.measure import Spread, interleave, peak_bytes, ratio, require_device  # noqa: E402
 from projects.kd.modeling.set_criterion import Targets  # noqa: E402
 
 CONFIG = "configs/COCO-DETR/conditional_detr_R18_C5_from_R50_d3etr_50ep.yaml"
@@ -154,8 +154,7 @@ def parse_arguments(argv=None):
 
 
 def main(args) -> dict:
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: there is no GPU here")
+    require_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     logging.disable(logging.WARNING)

@@ -22,6 +22,7 @@ NMS, assignments and top-k change with rounding, and a loss that averages over f
 from __future__ import annotations
 
 import argparse
+import copy
 import glob
 import json
 import logging
@@ -40,7 +41,7 @@ from projects.kd.benchmark import without_weights  # noqa: E402
 from projects.kd.data.loader import build_train_loader  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
-from projects.kd.measure import Progress  # noqa: E402
+from projects.kd.measure import Progress, require_device  # noqa: E402
 from projects.kd.report import write_atomically  # noqa: E402
 from projects.kd.seeding import seed_generators  # noqa: E402
 
@@ -61,20 +62,21 @@ class Pair:
     Args:
         cfg: of the pair; its detectors load no weights.
         device: "cpu" or a CUDA device.
-        weights: of all of it, as :attr:`weights` of another pair has them.
+        weights: of another pair; None = random ones.
     """
 
     def __init__(self, cfg, device: str, weights: tuple[dict, dict] | None = None):
         torch.manual_seed(0)
         self.model = build_training_model(without_weights(cfg.clone(), device)).train()
-        parts = self.model, self.model.teacher.model
+        self._parts = self.model, self.model.teacher.model  # the teacher is no submodule
         if weights is not None:
-            for part, values in zip(parts, weights, strict=True):
+            for part, values in zip(self._parts, weights, strict=True):
                 part.load_state_dict(values)
-        self.weights = tuple(
-            {name: value.cpu().clone() for name, value in part.state_dict().items()}
-            for part in parts
-        )
+
+    def weights(self) -> tuple[dict, dict]:
+        """Copies of all weights and buffers, which a step changes."""
+        ours, theirs = (copy.deepcopy(part.state_dict()) for part in self._parts)
+        return ours, theirs
 
     def step(self, batch, dtype: torch.dtype | None = None):
         """Losses by name, and the gradient of all trained parameters as one fp64 CPU vector."""
@@ -121,10 +123,11 @@ def check(path: str, args) -> dict:
     check_config(without_weights(cfg, "cpu"))
     batch = next(iter(build_train_loader(cfg)))
     reference = Pair(cfg, "cpu")
-    exact = Pair(cfg, args.device, reference.weights).step(batch)
+    weights = reference.weights()
+    exact = Pair(cfg, args.device, weights).step(batch)
     result = {"fp32": compare(exact, reference.step(batch))}
     for name in args.dtypes:
-        half = Pair(cfg, args.device, reference.weights).step(batch, DTYPES[name])
+        half = Pair(cfg, args.device, weights).step(batch, DTYPES[name])
         result[name] = compare(half, exact)
     return result
 
@@ -160,8 +163,7 @@ def parse_arguments(argv=None):
 
 def main(args) -> bool:
     """True if every config is within LIMITS."""
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {args.device}: there is no GPU here")
+    require_device(args.device)
     torch.backends.cudnn.allow_tf32 = False
     logging.disable(logging.WARNING)
     paths = args.config_file or sorted(glob.glob(CONFIGS))

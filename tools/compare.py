@@ -46,6 +46,7 @@ from projects.kd import load_config  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import exit_on_user_error  # noqa: E402
 from projects.kd.pictures import (  # noqa: E402
+    MIN_SCORE,
     ap_bars,
     ap_curves,
     cost_scatter,
@@ -166,7 +167,7 @@ def write_report(suite: dict, runs: list[Run], output: str, command: str) -> dic
             label_maps_side_by_side(suite["dataset"], found, picture)
         else:
             picture = os.path.join(output, "detections.png")
-            threshold = suite.get("score", 0.3)
+            threshold = suite.get("score", MIN_SCORE)
             detections_side_by_side(suite["dataset"], found, picture, threshold=threshold)
     return report
 

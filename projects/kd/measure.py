@@ -13,6 +13,8 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
+from .errors import ConfigError
+
 PAIRS = 11
 WARM_UP = 3
 
@@ -63,6 +65,12 @@ class Progress:
             file=sys.stderr,
             flush=True,
         )
+
+
+def require_device(device: str) -> None:
+    """ConfigError, which names ``--device``, for a CUDA device on a machine without a GPU."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {device}: there is no GPU here")
 
 
 def synchronize(device: torch.device | str) -> None:

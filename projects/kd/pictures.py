@@ -20,6 +20,7 @@ from pycocotools import mask as mask_util  # noqa: E402
 
 from .errors import ConfigError  # noqa: E402
 
+MIN_SCORE = 0.3  # detections below are not drawn
 _COLOURS = plt.get_cmap("tab10").colors
 
 
@@ -161,7 +162,7 @@ def detections_side_by_side(
     results: Mapping[str, str],
     path: str,
     num_images: int = 4,
-    threshold: float = 0.3,
+    threshold: float = MIN_SCORE,
 ) -> None:
     """One line an image: ground truth, then the detections of each model.
 
