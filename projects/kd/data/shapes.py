@@ -1,6 +1,7 @@
-"""The built-in data sets ``shapes_train`` and ``shapes_val``: made on first use, no download.
+"""The built-in data sets ``shapes_train``, ``shapes_dev`` and ``shapes_val``: made on first use.
 
-Files lie in ``$DETECTRON2_DATASETS/shapes/v<VERSION>/{train,val}`` (default: ``./datasets``)::
+Recipes are tuned on ``shapes_dev``, results are reported on ``shapes_val``. No download. Files lie in
+``$DETECTRON2_DATASETS/shapes/v<VERSION>/{train,dev,val}`` (default: ``./datasets``)::
 
     images/000000.jpg ...      256x256, 256x320 or 320x256 pixels
     semantic/000000.png ...    one byte a pixel: 0 = background, 1 + class index
@@ -30,18 +31,18 @@ from ..errors import DataError
 from .scene import CLASSES, KEYPOINTS, make_scene
 
 VERSION = 1  # count up with every change of what scene.py or paint.py draw
-SPLITS = {"train": 1500, "val": 200}  # number of images
+SPLITS = {"train": 1500, "val": 200, "dev": 200}  # number of images
 KEYPOINT_FLIP_MAP = [("left", "right")]
 
 _LIMBS = [("top", "left"), ("top", "right"), ("left", "bottom"), ("right", "bottom")]
 _LIMB_COLOURS = [(255, 128, 0), (0, 128, 255), (255, 128, 0), (0, 128, 255)]
-_SEEDS = {"train": 1, "val": 2}
+_SEEDS = {"train": 1, "val": 2, "dev": 3}
 _JPEG_QUALITY = 92
 _logger = logging.getLogger(__name__)
 
 
 def register_shapes() -> None:
-    """Register ``shapes_train`` and ``shapes_val``; does nothing for names registered already."""
+    """Register the splits; does nothing for names registered already."""
     for split in SPLITS:
         name = f"shapes_{split}"
         if name in DatasetCatalog.list():
@@ -90,7 +91,7 @@ def generate(split: str, folder: str, count: int | None = None) -> None:
     is complete. A second process waits for the first.
 
     Args:
-        split: "train" or "val"; decides the seeds.
+        split: "train", "dev" or "val"; decides the seeds.
         folder: where to put it.
         count: number of images; the split's own by default.
 
