@@ -206,7 +206,7 @@ def test_an_unknown_role_is_refused(tmp_path):
     "entries, message",
     [
         ({"score": 1.5}, "score is 1.5, use 0 to 1"),
-        ({"score": "low"}, "score is low, use 0 to 1"),
+        ({"score": "low"}, "score is 'low', write a number from 0 to 1"),
         ({"score": 0.1, "task": "sem_seg"}, "label maps have no score"),
     ],
 )
@@ -307,7 +307,9 @@ def test_an_unknown_task_is_refused(tmp_path):
     path = tmp_path / "suite.yaml"
     rows = [{"name": "a", "config": "b"}]
     path.write_text(yaml.safe_dump({"dataset": "x", "rows": rows, "task": "boxes"}))
-    with pytest.raises(ConfigError, match="task is none of bbox, segm, keypoints, sem_seg"):
+    with pytest.raises(
+        ConfigError, match="task: .boxes. is not one of bbox, segm, keypoints, sem_seg"
+    ):
         suites.read_suite(str(path))
 
 

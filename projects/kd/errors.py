@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import sys
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -28,7 +30,23 @@ class TrainingError(UserError, FloatingPointError):
 def require_one_of(key: str, value, allowed) -> None:
     """ConfigError unless ``value``, of the config key ``key``, is among the allowed ones."""
     if value not in allowed:
-        raise ConfigError(f"{key}: '{value}' is not one of {', '.join(map(str, allowed))}")
+        raise ConfigError(
+            f"{key}: '{value}' is not one of {', '.join(map(str, allowed))}"
+            f"{did_you_mean(value, allowed)}"
+        )
+
+
+def did_you_mean(name, known: Iterable, cutoff: float = 0.6) -> str:
+    """ "; did you mean X or Y?" with the nearest of the known names, "" if none is near.
+
+    Args:
+        name: what was written; case does not count.
+        known: the names that there are.
+        cutoff: see ``difflib.get_close_matches``.
+    """
+    by_case = {str(x).lower(): str(x) for x in known}
+    near = difflib.get_close_matches(str(name).lower(), list(by_case), n=3, cutoff=cutoff)
+    return f"; did you mean {' or '.join(by_case[x] for x in near)}?" if near else ""
 
 
 @contextlib.contextmanager

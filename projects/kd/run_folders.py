@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import textwrap
 import time
 
 
@@ -44,8 +45,8 @@ def run_quietly(command: list[str], log: str, progress: str, threads: int) -> in
                 file.write(line)
                 if " eta: " in line and time.time() - shown > 15:
                     shown = time.time()
-                    print(f"[{progress}]   {' '.join(line.split(' eta: ')[1].split())[:150]}",
-                          flush=True)  # fmt: skip
+                    news = textwrap.shorten(line.split(" eta: ")[1], 150, placeholder=" ...")
+                    print(f"[{progress}]   {news}", flush=True)
             return process.wait()
         finally:
             if process.poll() is None:

@@ -10,41 +10,15 @@ import sys
 import time
 from collections.abc import Sequence
 
-import yaml
-
 from .config import load_config
-from .errors import ConfigError, require_one_of
-from .report import TASK_METRICS, write_atomically
+from .errors import ConfigError
+from .report import write_atomically
 from .run_folders import last_line, move_aside, read_or_none, run_quietly
+from .suite_file import ONCE, read_suite
 
-ONCE = ("teacher", "start")  # roles of rows that are trained once
+__all__ = ["Run", "is_trained_once", "make_runs", "read_suite", "select_rows"]
+
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-
-def read_suite(path: str) -> dict:
-    """Read and check a suite file."""
-    try:
-        with open(path) as file:
-            suite = yaml.safe_load(file)
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--suite: cannot read '{path}': {error}") from error
-    if not isinstance(suite, dict) or not suite.get("rows") or not suite.get("dataset"):
-        raise ConfigError(f"--suite: '{path}' needs the entries dataset and rows")
-    if suite.get("task", "bbox") not in TASK_METRICS:
-        raise ConfigError(f"--suite: '{path}': task is none of {', '.join(TASK_METRICS)}")
-    if "score" in suite:
-        if suite.get("task") == "sem_seg":
-            raise ConfigError(
-                f"--suite: '{path}': label maps have no score, remove the entry score"
-            )
-        if not isinstance(suite["score"], (int, float)) or not 0 <= suite["score"] <= 1:
-            raise ConfigError(f"--suite: '{path}': score is {suite['score']}, use 0 to 1")
-    for row in suite["rows"]:
-        if not {"name", "config"} <= set(row):
-            raise ConfigError(f"--suite: '{path}': a row needs name and config: {row}")
-        if "role" in row:
-            require_one_of(f"--suite: '{path}': role of row '{row['name']}'", row["role"], ONCE)
-    return suite
 
 
 class Run:
@@ -87,7 +61,8 @@ class Run:
 
     def stamp(self) -> str:
         """Hash of all settings, of the needed runs too: another teacher makes another run."""
-        cfg = load_config(self.row["config"], [str(x) for x in self.opts])
+        source = f"--suite (or after --): opts of row '{self.row['name']}'"
+        cfg = load_config(self.row["config"], [str(x) for x in self.opts], source)
         for key in ("OUTPUT_DIR", "VERSION"):
             cfg.pop(key)
         text = cfg.dump() + "".join(run.stamp() for run in self.needs)
@@ -208,7 +183,8 @@ def _config_of(row: dict) -> str:
 
 
 def _teacher_of(row: dict, by_config: dict):
-    cfg = load_config(row["config"], [str(x) for x in row.get("opts", [])])
+    source = f"--suite: opts of row '{row['name']}'"
+    cfg = load_config(row["config"], [str(x) for x in row.get("opts", [])], source)
     if not by_config or not cfg.KD.META_ARCHITECTURE:
         return None
     if len(by_config) == 1:

@@ -132,3 +132,15 @@ def test_categories_that_disagree_on_keypoints_are_said(data, caplog):
     register_configured(config(["reg_mixed", str(data / "mixed.json"), str(data)]))
     assert "keypoints are not registered" in caplog.text
     assert MetadataCatalog.get("reg_mixed").get("keypoint_names") is None
+
+
+def test_the_evaluator_of_an_entry_can_be_chosen(data):
+    entry = ["reg_eval", str(data / "data.json"), str(data), "visdrone"]
+    register_configured(config(entry))
+    assert MetadataCatalog.get("reg_eval").evaluator_type == "visdrone"
+    register_configured(config(entry))
+    with pytest.raises(ConfigError, match="'reg_eval' is registered with .* and visdrone already"):
+        register_configured(config(entry[:3]))
+    for wrong in ([*entry, "more"], [*entry[:3], 5]):
+        with pytest.raises(ConfigError, match="with evaluator_type as a fourth value"):
+            register_configured(config(wrong))

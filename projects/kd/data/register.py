@@ -20,7 +20,8 @@ from .shapes import register_shapes
 from .visdrone import register_visdrone
 
 _LIMB_COLOURS = [(255, 128, 0), (0, 128, 255), (0, 200, 80), (230, 60, 160), (150, 90, 255)]
-_configured: dict[str, tuple[str, str]] = {}  # name -> (json file, image folder)
+# name -> (json file, image folder, evaluator type)
+_configured: dict[str, tuple[str, str, str]] = {}
 _logger = logging.getLogger(__name__)
 
 register_shapes()
@@ -30,7 +31,8 @@ register_visdrone()
 def register_configured(cfg) -> None:
     """Register each ``[name, json file, image folder]`` of ``cfg.KD.DATASETS``.
 
-    Those of ``cfg.KD.SEM_SEG_DATASETS`` too (:mod:`.sem_seg`).
+    A fourth value is the data set's ``evaluator_type``, "coco" where there is none. Those of
+    ``cfg.KD.SEM_SEG_DATASETS`` too (:mod:`.sem_seg`).
 
     Paths may be relative to the working directory and may hold ``~`` and ``$VARIABLES``. Doing it
     again with the same entries changes nothing. Annotations are checked here, image files when the
@@ -43,20 +45,26 @@ def register_configured(cfg) -> None:
     """
     for entry in cfg.KD.DATASETS:
         parts = list(entry) if isinstance(entry, (list, tuple)) else [entry]
-        if len(parts) != 3 or not all(isinstance(part, str) and part for part in parts):
-            raise ConfigError(f"KD.DATASETS: {entry} is not [name, json file, image folder]")
-        register_coco_data(parts[0], _expand(parts[1]), _expand(parts[2]))
+        if len(parts) not in (3, 4) or not all(isinstance(part, str) and part for part in parts):
+            raise ConfigError(
+                f"KD.DATASETS: {entry} is not [name, json file, image folder], with evaluator_type "
+                "as a fourth value if it is not coco"
+            )
+        register_coco_data(parts[0], _expand(parts[1]), _expand(parts[2]), *parts[3:])
     register_sem_seg_datasets(cfg)
 
 
-def register_coco_data(name: str, json_file: str, image_root: str) -> None:
+def register_coco_data(
+    name: str, json_file: str, image_root: str, evaluator_type: str = "coco"
+) -> None:
     """Register one COCO-format data set; see :func:`register_configured`."""
-    if _configured.get(name) == (json_file, image_root):
+    if _configured.get(name) == (json_file, image_root, evaluator_type):
         return
     if name in _configured:
         raise ConfigError(
             f"KD.DATASETS: '{name}' is registered with {' and '.join(_configured[name])} already, "
-            f"now it comes with {json_file} and {image_root}: give one of them another name"
+            f"now it comes with {json_file} and {image_root} and {evaluator_type}: give one of "
+            "them another name"
         )
     if name in DatasetCatalog.list():
         raise ConfigError(f"KD.DATASETS: '{name}' is an existing data set: choose another name")
@@ -65,9 +73,9 @@ def register_coco_data(name: str, json_file: str, image_root: str) -> None:
     metadata = _metadata(inspect_annotations(json_file).categories, json_file)
     DatasetCatalog.register(name, lambda: load_checked(json_file, image_root, name))
     MetadataCatalog.get(name).set(
-        evaluator_type="coco", json_file=json_file, image_root=image_root, **metadata
+        evaluator_type=evaluator_type, json_file=json_file, image_root=image_root, **metadata
     )
-    _configured[name] = (json_file, image_root)
+    _configured[name] = (json_file, image_root, evaluator_type)
 
 
 def is_configured(name: str) -> bool:
