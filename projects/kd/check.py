@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from .adapters import ADAPTER_TYPES
+from .data.needs import check_data_sets
 from .errors import ConfigError, require_one_of
 from .files import resolve_config
 from .heads.base import head_class
@@ -39,6 +40,7 @@ def check_config(cfg, training: bool = True) -> None:
     """
     _check_meta_archs(cfg)
     _check_datasets(cfg, training)
+    check_data_sets(cfg, training)
     check_tiles(cfg)
     for name in cfg.TEST.VISDRONE_READINGS:
         require_one_of("TEST.VISDRONE_READINGS", name, READINGS)

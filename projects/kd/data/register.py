@@ -73,7 +73,11 @@ def register_coco_data(
     metadata = _metadata(inspect_annotations(json_file).categories, json_file)
     DatasetCatalog.register(name, lambda: load_checked(json_file, image_root, name))
     MetadataCatalog.get(name).set(
-        evaluator_type=evaluator_type, json_file=json_file, image_root=image_root, **metadata
+        evaluator_type=evaluator_type,
+        json_file=json_file,
+        image_root=image_root,
+        checked_annotations=True,
+        **metadata,
     )
     _configured[name] = (json_file, image_root, evaluator_type)
 

@@ -16,12 +16,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import Counter
-from dataclasses import dataclass, field
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from .check import load_checked
+from .problems import Problems
 
 CLASSES = (
     *("pedestrian", "people", "bicycle", "car", "van"),
@@ -52,25 +51,6 @@ BAD_CATEGORY = "lines with a category outside of 0..11, left out"
 NO_SIZE = "boxes without positive width and height, left out"
 OUTSIDE = "boxes outside of the image, left out"
 CLIPPED = "boxes clipped to the image"
-
-
-@dataclass
-class Problems:
-    """How often each problem occurred, and where first."""
-
-    counts: Counter = field(default_factory=Counter)
-    first: dict[str, str] = field(default_factory=dict)
-
-    def add(self, problem: str, place: str) -> None:
-        """Count one."""
-        self.counts[problem] += 1
-        self.first.setdefault(problem, place)
-
-    def update(self, other: Problems) -> None:
-        """Add what another one counted."""
-        self.counts.update(other.counts)
-        for problem, place in other.first.items():
-            self.first.setdefault(problem, place)
 
 
 def parse_annotations(text: str, name: str, problems: Problems) -> list[list[int]]:
