@@ -5,7 +5,8 @@
     python tools/visualize_sizes.py --dataset visdrone_val --results RUN/inference/\
 coco_instances_results.json --output found.png [--num 3] [--threshold 0.3]
 
-With --config-file, the data sets of its KD.DATASETS and KD.IMPORTS can be shown as well.
+With --config-file, the data sets of its KD.DATASETS and KD.IMPORTS can be shown as well, and the
+sizes at its training size are printed, with anchors that fit them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from detectron2.data import DatasetCatalog  # noqa: E402
 from projects.kd.config import load_config  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
+from projects.kd.size_advice import size_advice  # noqa: E402
 from projects.kd.size_pictures import detections_by_size, size_histogram  # noqa: E402
 
 
@@ -40,13 +42,16 @@ def parse_arguments(argv=None):
 def main(args):
     if args.num < 1:
         raise ConfigError(f"--num is {args.num}, it must be at least 1")
-    if args.config_file:
-        register_configured(load_config(args.config_file))
+    cfg = load_config(args.config_file) if args.config_file else None
+    if cfg is not None:
+        register_configured(cfg)
     if args.dataset not in DatasetCatalog.list():
         raise ConfigError(f"--dataset: '{args.dataset}' is not registered")
     if not args.results:
         shares = size_histogram(args.dataset, args.output)
         print(", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items()))
+        if cfg is not None:
+            print(size_advice(args.dataset, cfg).text())
         return shares
     counts = detections_by_size(args.dataset, args.results, args.output, args.num, args.threshold)
     for name, (found, missed, false) in counts.items():

@@ -1,6 +1,6 @@
 """The built-in data sets ``shapes_train``, ``shapes_dev`` and ``shapes_val``: made on first use.
 
-Recipes are tuned on ``shapes_dev``, results are reported on ``shapes_val``. No download. Files lie in
+Recipes are tuned on ``shapes_dev``, results are reported on ``shapes_val``. No download. They lie in
 ``$DETECTRON2_DATASETS/shapes/v<VERSION>/{train,dev,val}`` (default: ``./datasets``)::
 
     images/000000.jpg ...      256x256, 256x320 or 320x256 pixels
