@@ -12,7 +12,6 @@ what is there already and fits its source is not made again.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import json
@@ -27,6 +26,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from projects.kd.arguments import Parser, whole  # noqa: E402
 from projects.kd.data import visdrone  # noqa: E402
 from projects.kd.errors import ConfigError, DataError, exit_on_user_error  # noqa: E402
 from projects.kd.files import image_size  # noqa: E402
@@ -236,9 +236,7 @@ def _write_json(path: str, content: dict) -> None:
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--root", default=None, help="default: $DETECTRON2_DATASETS/visdrone")
     parser.add_argument(
         "--splits",
@@ -247,14 +245,12 @@ def parse_arguments(argv=None):
         help="default: those whose folders are there",
     )
     parser.add_argument("--crops", action="store_true", help="make visdrone_train_crops as well")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--jobs", type=whole(1), default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--force", action="store_true", help="make up-to-date files again")
     return parser.parse_args(argv)
 
 
 def main(args) -> None:
-    if args.jobs < 1:
-        raise ConfigError(f"--jobs is {args.jobs}, it must be at least 1")
     root = os.path.abspath(os.path.expanduser(args.root or visdrone.visdrone_root()))
     there = [s for s, d in visdrone.SPLITS.items() if os.path.isdir(os.path.join(root, d))]
     splits = args.splits or there

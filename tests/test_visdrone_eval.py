@@ -4,8 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+from kd_scripts import load_script
 from visdrone_oracle import coco_numbers, image, loop_evaluation, random_images
 
+from projects.kd.errors import DataError
 from projects.kd.visdrone_eval import evaluate_images
 
 NAMES = {1: "a", 2: "b", 3: "c"}
@@ -100,3 +102,14 @@ def test_images_without_objects_or_detections(distinct):
     # and one in an ignored region does not
     same = [*distinct, image([], [[5, 5, 10, 10, 1, 1.1]], [[1, 1, 50, 50]])]
     assert evaluate_images(same, NAMES) == expected
+
+
+def test_a_result_file_with_a_category_that_does_not_exist_is_refused(tmp_path):
+    read_results = load_script("tools/evaluate_visdrone.py").read_results
+    path = tmp_path / "a.txt"
+    path.write_text("1,2,3,4,0.9,4,-1,-1\n1,2,3,4,0.5,11,-1,-1\n")
+    assert read_results(str(path))[:, 5].tolist() == [4, 11]
+    for category in ("12", "-1", "2.5"):
+        path.write_text(f"1,2,3,4,0.9,4,-1,-1\n1,2,3,4,0.5,{category},-1,-1\n")
+        with pytest.raises(DataError, match=f"a.txt:2: category {category} is none of 0 to 11"):
+            read_results(str(path))

@@ -44,6 +44,7 @@ from detectron2.utils.events import EventStorage  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
 from projects.kd import ConfigError, load_config  # noqa: E402
+from projects.kd.arguments import Parser, image_size, output_file, whole  # noqa: E402
 from projects.kd.benchmark import Bench, loop_masks, without_weights  # noqa: E402
 from projects.kd.data.loader import build_train_loader  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
@@ -66,32 +67,25 @@ TASKS = ("data", "teacher", "student", "heads", "step", "mask")
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--config-file", action="append", default=[], help="instead of the built-in pairs")
     add("--pair", choices=BUILT_IN, action="append", default=[], help="default: all built-in pairs")
     add("--heads", nargs="+", help=f"default: {' '.join(HEADS)}, or KD.HEADS of the config")
     add("--task", choices=(*TASKS, "all"), default="all")
-    add("--size", type=size, default=(512, 512), metavar="HxW")
-    add("--boxes", type=int, default=20)
-    add("--images", type=int, default=1, help="in the batch; PSPNet with BatchNorm needs two")
-    add("--pairs", type=int, default=PAIRS, help="timed rounds")
+    add("--size", type=image_size(), default=(512, 512), metavar="HxW")
+    add("--boxes", type=whole(), default=20)
+    add("--images", type=whole(1), default=1, help="in the batch; PSPNet with BatchNorm needs two")
+    add("--pairs", type=whole(1), default=PAIRS, help="timed rounds")
     add("--memory", action="store_true", help="also count memory")
-    add("--memory-size", type=size, default=(800, 1344), metavar="HxW")
-    add("--mask-size", type=size, default=(800, 1333), metavar="HxW")
-    add("--mask-boxes", type=int, default=100)
-    add("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
+    add("--memory-size", type=image_size(), default=(800, 1344), metavar="HxW")
+    add("--mask-size", type=image_size(), default=(800, 1333), metavar="HxW")
+    add("--mask-boxes", type=whole(), default=100)
+    add("--threads", type=whole(), default=0, help="CPU threads; 0 = torch's choice")
     add("--device", default="cpu", help="cpu or cuda")
-    add("--output", default="", help="JSON file")
+    add("--output", type=output_file, default="", help="JSON file")
     add("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE ...")
     return parser.parse_args(argv)
-
-
-def size(text: str) -> tuple[int, int]:
-    height, width = text.lower().split("x")
-    return int(height), int(width)
 
 
 def configs(args) -> dict:
@@ -325,7 +319,6 @@ def main(args):
     }
     print(table(results))
     if args.output:
-        os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
         with open(args.output, "w") as file:
             json.dump(report, file, indent=1)
     return report

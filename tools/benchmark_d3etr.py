@@ -33,6 +33,7 @@ from detectron2.utils.events import EventStorage  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
 from projects.kd import load_config  # noqa: E402
+from projects.kd.arguments import Parser, output_file, whole  # noqa: E402
 from projects.kd.benchmark import Bench, as_leaves, without_weights  # noqa: E402
 from projects.kd.errors import exit_on_user_error  # noqa: E402
 from projects.kd.functional.d3etr import layer_map  # noqa: E402
@@ -139,16 +140,16 @@ def _rows(maps, index, columns: bool):
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--config-file", default=CONFIG)
-    parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
-    parser.add_argument("--images", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0, help="default: torch's")
+    parser.add_argument("--size", type=whole(32), nargs=2, default=(800, 1333), metavar=("H", "W"))
+    parser.add_argument("--images", type=whole(1), default=2)
+    parser.add_argument("--rounds", type=whole(1), default=5)
+    parser.add_argument("--threads", type=whole(), default=0, help="default: torch's")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--output", default="", help="a .json file for all numbers")
+    parser.add_argument(
+        "--output", type=output_file, default="", help="a .json file for all numbers"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE ...")
     return parser.parse_args(argv)
 

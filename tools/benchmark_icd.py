@@ -17,7 +17,6 @@ gradients included (of the attention: beyond its projected inputs too). Run it o
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -32,7 +31,9 @@ from heads import icd_oracle  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
 from projects.kd import DistillContext  # noqa: E402
+from projects.kd.arguments import Parser, output_file, whole  # noqa: E402
 from projects.kd.data.priors import uniform_priors  # noqa: E402
+from projects.kd.errors import exit_on_user_error  # noqa: E402
 from projects.kd.functional.icd import summed_attention, value_distance  # noqa: E402
 from projects.kd.heads.icd import ICD  # noqa: E402
 from projects.kd.heads.icd_decoder import InstanceDecoder, attend  # noqa: E402
@@ -123,14 +124,14 @@ def attention_actions(head: ICD, ctx: DistillContext):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--boxes", type=int, nargs="+", default=[20, 200])
+    parser = Parser(__doc__)
+    parser.add_argument("--boxes", type=whole(1), nargs="+", default=[20, 200])
     parser.add_argument("--levels", choices=list(LEVELS), default="p3-p7")
-    parser.add_argument("--threads", type=int, default=0, help="default: torch's")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", default="", help="a .json file for all numbers")
+    parser.add_argument("--threads", type=whole(), default=0, help="default: torch's")
+    parser.add_argument("--rounds", type=whole(1), default=5)
+    parser.add_argument(
+        "--output", type=output_file, default="", help="a .json file for all numbers"
+    )
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -164,4 +165,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -10,7 +10,6 @@ image has the full number of detections: three jittered copies of each object, t
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import os
@@ -23,7 +22,9 @@ import numpy as np  # noqa: E402
 from pycocotools.coco import COCO  # noqa: E402
 from pycocotools.cocoeval import COCOeval  # noqa: E402
 
+from projects.kd.arguments import Parser, whole  # noqa: E402
 from projects.kd.data.visdrone import CLASSES  # noqa: E402
+from projects.kd.errors import exit_on_user_error  # noqa: E402
 from projects.kd.visdrone_eval import ImageResult, evaluate_images  # noqa: E402
 
 HEIGHT, WIDTH, OBJECTS, COPIES = 788, 1400, 70, 3
@@ -98,11 +99,9 @@ def time_coco(images: list[ImageResult]) -> tuple[float, float]:
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--images", type=int, default=548)
-    parser.add_argument("--detections", type=int, default=500)
+    parser = Parser(__doc__)
+    parser.add_argument("--images", type=whole(1), default=548)
+    parser.add_argument("--detections", type=whole(1), default=500)
     return parser.parse_args(argv)
 
 
@@ -120,4 +119,5 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    main(parse_arguments())
+    with exit_on_user_error():
+        main(parse_arguments())

@@ -30,6 +30,7 @@ from detectron2.utils.logger import setup_logger  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
 from projects.kd import ConfigError, build_training_model, check_config, load_config  # noqa: E402
+from projects.kd.arguments import Parser, number, output_file, whole  # noqa: E402
 from projects.kd.data.loader import build_train_loader  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import exit_on_user_error  # noqa: E402
@@ -38,13 +39,15 @@ from projects.kd.weights import load_detector  # noqa: E402
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--config-file", required=True, metavar="FILE")
-    parser.add_argument("--batches", type=int, default=20)
-    parser.add_argument("--target", type=float, default=0.5, help="wanted share of the gradient")
-    parser.add_argument("--output", default="", help="default: OUTPUT_DIR/calibration.json")
+    parser.add_argument("--batches", type=whole(1), default=20)
+    parser.add_argument(
+        "--target", type=number(1e-6), default=0.5, help="wanted share of the gradient"
+    )
+    parser.add_argument(
+        "--output", type=output_file, default="", help="default: OUTPUT_DIR/calibration.json"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE ...")
     return parser.parse_args(argv)
 
@@ -125,8 +128,6 @@ def table(report: dict) -> str:
 def main(args):
     setup_logger()
     setup_logger(name="projects")
-    if args.batches < 1 or args.target <= 0:
-        raise ConfigError("--batches must be at least 1 and --target positive")
     cfg = load_config(args.config_file, args.opts)
     if not cfg.KD.META_ARCHITECTURE:
         raise ConfigError("KD.META_ARCHITECTURE is empty: give the config of a distilled student")

@@ -21,7 +21,6 @@ NMS, assignments and top-k change with rounding, and a loss that averages over f
 
 from __future__ import annotations
 
-import argparse
 import copy
 import glob
 import json
@@ -37,6 +36,7 @@ from detectron2.utils.events import EventStorage  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
 from projects.kd import build_training_model, check_config, load_config  # noqa: E402
+from projects.kd.arguments import Parser, output_file, whole  # noqa: E402
 from projects.kd.benchmark import without_weights  # noqa: E402
 from projects.kd.data.loader import build_train_loader  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
@@ -148,15 +148,13 @@ def failures(result: dict) -> list[str]:
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--config-file", nargs="+", default=[], help=f"default: {CONFIGS}")
     add("--device", default="cuda")
     add("--dtypes", nargs="*", choices=DTYPES, default=list(DTYPES))
-    add("--images", type=int, default=4, help="in the batch")
-    add("--output", default="", help="a .json file for all numbers")
+    add("--images", type=whole(1), default=4, help="in the batch")
+    add("--output", type=output_file, default="", help="a .json file for all numbers")
     add("--opts", nargs="*", default=[], help="config overrides: KEY VALUE ...")
     return parser.parse_args(argv)
 

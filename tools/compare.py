@@ -43,6 +43,7 @@ sys.path.insert(0, ROOT)
 import torch  # noqa: E402
 
 from projects.kd import load_config  # noqa: E402
+from projects.kd.arguments import Parser, output_folder, whole  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import exit_on_user_error  # noqa: E402
 from projects.kd.pictures import (  # noqa: E402
@@ -174,22 +175,25 @@ def write_report(suite: dict, runs: list[Run], output: str, command: str) -> dic
 
 def main() -> None:
     """Parse arguments, run what is missing, report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(
+        __doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--suite", required=True, help="suite YAML file")
-    parser.add_argument("--output", required=True, help="folder for runs and reports")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument(
+        "--output", type=output_folder, required=True, help="folder for runs and reports"
+    )
+    parser.add_argument("--seeds", type=whole(), nargs="+", default=[1])
     parser.add_argument("--only", nargs="+", help="names of rows to run (with their teacher)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (they share the CPU)")
+    parser.add_argument(
+        "--jobs", type=whole(1), default=1, help="runs at a time (they share the CPU)"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="-- KEY value ... for every run")
-    args = parser.parse_args()
-    opts = [item for item in args.opts if item != "--"]
     with exit_on_user_error():
+        args = parser.parse_args()
+        opts = [item for item in args.opts if item != "--"]
         suite = read_suite(args.suite)
         if args.only:
             suite["rows"] = select_rows(suite["rows"], args.only)
-        os.makedirs(args.output, exist_ok=True)
         runs = make_runs(suite, args.seeds, args.output, opts)
         first = runs[0]
         register_configured(load_config(first.row["config"], [str(x) for x in first.opts]))

@@ -24,6 +24,7 @@ import torch  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
 
 from projects.kd import ConfigError, load_config  # noqa: E402
+from projects.kd.arguments import Parser, output_file  # noqa: E402
 from projects.kd.errors import exit_on_user_error  # noqa: E402
 from projects.kd.modeling.conditional_detr_weights import (  # noqa: E402
     compare,
@@ -33,12 +34,10 @@ from projects.kd.modeling.conditional_detr_weights import (  # noqa: E402
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--config-file", required=True, help="of a ConditionalDETR")
     parser.add_argument("input", help="file to read (.pth or .safetensors)")
-    parser.add_argument("output", help="file to write (.pth)")
+    parser.add_argument("output", type=output_file, help="file to write (.pth)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE ...")
     args = parser.parse_args(argv)
     if not args.output.endswith(".pth"):
@@ -61,7 +60,6 @@ def main(argv=None) -> None:
             f"input: '{args.input}' ({converted.layout} layout) does not fit --config-file: "
             f"{mismatch}"
         )
-    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
     state = {name: value.contiguous() for name, value in converted.state.items()}
     torch.save({"model": state, "__author__": converted.layout}, args.output)
     for note in converted.notes:

@@ -21,7 +21,6 @@ result needs RGB images with torchvision's statistics, and strides where torchvi
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 
@@ -31,6 +30,7 @@ sys.path.insert(0, ROOT)
 import torch  # noqa: E402
 import torchvision  # noqa: E402
 
+from projects.kd.arguments import Parser, output_file  # noqa: E402
 from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
 from projects.kd.files import resolve_weights  # noqa: E402
 from projects.kd.modeling.resnet_names import detectron2_name  # noqa: E402
@@ -88,17 +88,14 @@ def read_state(architecture: str, path: str) -> dict:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("architecture", choices=ARCHITECTURES)
-    parser.add_argument("output", help="file to write (.pth)")
+    parser.add_argument("output", type=output_file, help="file to write (.pth)")
     parser.add_argument("--weights", default="", help="file with torchvision's state dict")
     args = parser.parse_args(argv)
     if not args.output.endswith(".pth"):
         raise ConfigError(f"output: '{args.output}' must end in .pth")
     checkpoint = convert(read_state(args.architecture, args.weights), args.architecture)
-    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
     torch.save(checkpoint, args.output)
     print(f"{args.output}: {len(checkpoint['model'])} tensors")
 

@@ -28,6 +28,7 @@ from detectron2.modeling import build_model  # noqa: E402
 from detectron2.utils.visualizer import Visualizer  # noqa: E402
 
 from projects.kd import ConfigError, check_config, load_config  # noqa: E402
+from projects.kd.arguments import Parser, number  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import DataError, exit_on_user_error  # noqa: E402
 from projects.kd.weights import load_detector  # noqa: E402
@@ -36,15 +37,13 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--config-file", required=True, metavar="FILE")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="PATH", help="images or folders of images")
     source.add_argument("--video", metavar="FILE", help="a video file")
     parser.add_argument("--output", required=True, help="a folder, or with --video a file (.mp4)")
-    parser.add_argument("--confidence-threshold", type=float, default=0.5, metavar="SCORE")
+    parser.add_argument("--confidence-threshold", type=number(0, 1), default=0.5, metavar="SCORE")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE ...")
     return parser.parse_args(argv)
 

@@ -30,6 +30,7 @@ from detectron2.modeling import build_model  # noqa: E402
 from detectron2.utils.logger import setup_logger  # noqa: E402
 
 from projects.kd import ConfigError, build_teacher, check_config, load_config  # noqa: E402
+from projects.kd.arguments import Parser  # noqa: E402
 from projects.kd.assistant import build_assistant, judge  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import exit_on_user_error  # noqa: E402
@@ -40,9 +41,7 @@ INPUT_KEYS = ("MIN_SIZE_TEST", "MAX_SIZE_TEST")
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--student-input", action="store_true", help="resize as for the student")
     parser.add_argument(

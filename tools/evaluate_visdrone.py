@@ -10,7 +10,6 @@ that the numbers are those of the VisDrone2018-DET toolkit. See projects/kd/visd
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -19,10 +18,13 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np  # noqa: E402
 
+from projects.kd.arguments import Parser, output_file  # noqa: E402
 from projects.kd.data import visdrone  # noqa: E402
 from projects.kd.errors import DataError, exit_on_user_error  # noqa: E402
 from projects.kd.files import image_size  # noqa: E402
 from projects.kd.visdrone_eval import READINGS, ImageResult, evaluate_images  # noqa: E402
+
+CATEGORIES = range(12)  # 0 = ignored region, 11 = others: in annotations, without influence here
 
 
 def read_image(image: str, annotations: str, results: str) -> ImageResult:
@@ -61,6 +63,8 @@ def read_results(path: str) -> np.ndarray:
                     row = []
                 if len(row) < 6 or not np.isfinite(row).all():
                     raise DataError(f"{path}:{number}: not box, score, category: {line.strip()}")
+                if row[5] not in CATEGORIES:
+                    raise DataError(f"{path}:{number}: category {row[5]:g} is none of 0 to 11")
                 rows.append(row)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: result file cannot be read: {error}") from error
@@ -76,12 +80,10 @@ def find(folder: str, extension: str) -> dict[str, str]:
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--data", required=True, help="folder with images and annotations")
     parser.add_argument("--results", required=True, help="folder with a .txt file for each image")
-    parser.add_argument("--json", default="", help="write the metrics there")
+    parser.add_argument("--json", type=output_file, default="", help="write the metrics there")
     return parser.parse_args(argv)
 
 

@@ -10,7 +10,6 @@ hand, so a head or detector that is added appears by itself.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 
@@ -18,6 +17,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from projects.kd import load_config  # noqa: E402
+from projects.kd.arguments import Parser  # noqa: E402
 from projects.kd.errors import exit_on_user_error  # noqa: E402
 from projects.kd.report import write_atomically  # noqa: E402
 from projects.kd.support import (  # noqa: E402
@@ -50,7 +50,7 @@ def table() -> str:
 
 def main() -> None:
     """Print, explain or write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="put it between README.md's markers")
     parser.add_argument("--why", action="store_true", help="print the refusals")
     args = parser.parse_args()

@@ -19,7 +19,6 @@ with query j, so its share is 0 by construction.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -37,6 +36,7 @@ from detectron2.utils.env import seed_all_rng  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
 from projects.kd import build_training_model, check_config, load_config  # noqa: E402
+from projects.kd.arguments import Parser, output_file, whole  # noqa: E402
 from projects.kd.data.mapper import NamedErrors  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
@@ -165,18 +165,16 @@ def draw_stability(path: str, shares: torch.Tensor, names: list[str]) -> None:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--config-file", required=True, help="of the run, with KD.HEADS (D3ETR,)")
     add("--checkpoint", default="", help="written by the run; for the picture of an image")
     add("--stability", nargs="+", default=[], help="two or more checkpoints, the oldest first")
-    add("--output", required=True, help="the picture to write")
+    add("--output", type=output_file, required=True, help="the picture to write")
     add("--dataset", default="", help="default: the first of DATASETS.TEST")
-    add("--index", type=int, default=0, help="of the image in the data set")
-    add("--queries", type=int, default=3, help="the teacher's best queries to show")
-    add("--images", type=int, default=20, help="for --stability")
+    add("--index", type=whole(), default=0, help="of the image in the data set")
+    add("--queries", type=whole(1), default=3, help="the teacher's best queries to show")
+    add("--images", type=whole(1), default=20, help="for --stability")
     add("--opts", nargs="*", default=[], help="config overrides: KEY VALUE ...")
     args = parser.parse_args(argv)
     if bool(args.checkpoint) == bool(args.stability) or len(args.stability) == 1:

@@ -11,7 +11,6 @@ With --config-file, the data sets of its KD.DATASETS and KD.IMPORTS can be shown
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import os
 import sys
@@ -27,6 +26,7 @@ from detectron2.data.detection_utils import read_image  # noqa: E402
 from detectron2.utils.visualizer import Visualizer  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from projects.kd.arguments import Parser, output_file, whole  # noqa: E402
 from projects.kd.config import load_config  # noqa: E402
 from projects.kd.data.mapper import NamedErrors  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
@@ -65,22 +65,15 @@ def contact_sheet(name: str, num: int, columns: int, size: int, semantic: bool) 
     return np.concatenate(rows)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("has to be 1 or more")
-    return value
-
-
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--dataset", required=True, help="a registered data set")
-    parser.add_argument("--output", required=True, help="the picture to write (.png or .jpg)")
-    parser.add_argument("--num", type=_positive, default=12, help="number of images")
-    parser.add_argument("--columns", type=_positive, default=4)
-    parser.add_argument("--size", type=_positive, default=400, help="pixels of a cell's side")
+    parser.add_argument(
+        "--output", type=output_file, required=True, help="the picture to write (.png or .jpg)"
+    )
+    parser.add_argument("--num", type=whole(1), default=12, help="number of images")
+    parser.add_argument("--columns", type=whole(1), default=4)
+    parser.add_argument("--size", type=whole(1), default=400, help="pixels of a cell's side")
     parser.add_argument("--semantic", action="store_true", help="the semantic map instead")
     parser.add_argument("--config-file", default="", help="config with KD.DATASETS or KD.IMPORTS")
     parser.add_argument("opts", nargs="*", help="config overrides: KEY VALUE ...")
@@ -95,7 +88,6 @@ def main(argv=None) -> None:
         raise ConfigError(f"--dataset: '{args.dataset}' is not registered{hint}")
     np.random.seed(0)  # detectron2 draws its colours from here
     sheet = contact_sheet(args.dataset, args.num, args.columns, args.size, args.semantic)
-    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
     try:
         Image.fromarray(sheet).save(args.output)
     except (OSError, ValueError) as error:

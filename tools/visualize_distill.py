@@ -17,7 +17,6 @@ student at MODEL.WEIGHTS or, without, at the random start that SEED gives.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 
@@ -35,6 +34,7 @@ from detectron2.utils.events import EventStorage  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
 from projects.kd import build_training_model, check_config, load_config  # noqa: E402
+from projects.kd.arguments import Parser, output_file, whole  # noqa: E402
 from projects.kd.data.mapper import NamedErrors  # noqa: E402
 from projects.kd.data.multi_resolution_mapper import MultiResolutionMapper  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
@@ -197,15 +197,13 @@ def draw(path: str, image, objects, names, chosen, strides, mask, attention, dis
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--config-file", required=True, help="of the run, with KD.HEADS (ICD,)")
     parser.add_argument("--checkpoint", required=True, help="written by the run")
-    parser.add_argument("--output", required=True, help="the picture to write")
+    parser.add_argument("--output", type=output_file, required=True, help="the picture to write")
     parser.add_argument("--dataset", default="", help="default: the first of DATASETS.TEST")
-    parser.add_argument("--index", type=int, default=0, help="of the image in the data set")
-    parser.add_argument("--objects", type=int, nargs="*", default=[], help="default: three")
+    parser.add_argument("--index", type=whole(), default=0, help="of the image in the data set")
+    parser.add_argument("--objects", type=whole(), nargs="*", default=[], help="default: three")
     parser.add_argument("opts", nargs="*", help="config overrides: KEY VALUE ...")
     args = parser.parse_args(argv)
     cfg = load_config(args.config_file, args.opts)

@@ -11,7 +11,6 @@ sizes at its training size are printed, with anchors that fit them.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 
@@ -19,6 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from detectron2.data import DatasetCatalog  # noqa: E402
 
+from projects.kd.arguments import Parser, number, output_file, whole  # noqa: E402
 from projects.kd.config import load_config  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
@@ -27,24 +27,29 @@ from projects.kd.size_pictures import detections_by_size, size_histogram  # noqa
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--dataset", required=True, help="a registered data set with boxes")
-    parser.add_argument("--output", required=True, help="the picture to write")
+    parser.add_argument("--output", type=output_file, required=True, help="the picture to write")
     parser.add_argument("--results", default="", help="COCO results file: draw its detections")
-    parser.add_argument("--num", type=int, default=3, help="images, those with the most objects")
-    parser.add_argument("--threshold", type=float, default=0.3, help="least score that counts")
+    parser.add_argument(
+        "--num", type=whole(1), default=3, help="images, those with the most objects"
+    )
+    parser.add_argument(
+        "--threshold", type=number(0, 1), default=0.3, help="least score that counts"
+    )
     parser.add_argument("--config-file", default="", help="config with KD.DATASETS or KD.IMPORTS")
     return parser.parse_args(argv)
 
 
 def main(args):
-    if args.num < 1:
-        raise ConfigError(f"--num is {args.num}, it must be at least 1")
+<<<<<<< HEAD
     cfg = load_config(args.config_file) if args.config_file else None
     if cfg is not None:
         register_configured(cfg)
+=======
+    if args.config_file:
+        register_configured(load_config(args.config_file))
+>>>>>>> 7b07e0f (Flags of all tools: ranges and places to write to are checked before any work, in one line)
     if args.dataset not in DatasetCatalog.list():
         raise ConfigError(f"--dataset: '{args.dataset}' is not registered")
     if not args.results:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import os
+import tempfile
 from importlib import resources
 from urllib.parse import urlparse
 
@@ -116,3 +117,43 @@ def image_size(path: str) -> tuple[int, int]:
             return image.size
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: image cannot be read: {error}") from error
+
+
+def writable_folder(path: str, key: str) -> str:
+    """Make a folder to write to, unless it is there; returns ``path``.
+
+    Args:
+        path: the folder.
+        key: the config key or flag that holds it, for the message.
+
+    Raises:
+        ConfigError: it cannot be made, or no file can be made in it.
+    """
+    start = f"{key} " if key else ""
+    if not path:
+        raise ConfigError(f"{start}is empty: name a folder to write to")
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{start}'{path}': the folder cannot be written: {reason}") from error
+    return path
+
+
+def writable_file(path: str, key: str) -> str:
+    """:func:`writable_folder` for the folder of a file that is to be written.
+
+    Raises:
+        ConfigError: also where ``path`` is a folder, or a file that must not be changed.
+    """
+    start = f"{key} " if key else ""
+    if not path or os.path.isdir(path):
+        raise ConfigError(f"{start}'{path}' is a folder or empty: name a file to write")
+    if os.path.exists(path):  # a device like /dev/null may lie where no file can be made
+        if not os.access(path, os.W_OK):
+            raise ConfigError(f"{start}'{path}': the file cannot be changed")
+        return path
+    writable_folder(os.path.dirname(os.path.abspath(path)), key)
+    return path

@@ -19,6 +19,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import ProcessException
 
+from ..arguments import fail
 from ..errors import ConfigError, UserError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -28,6 +29,7 @@ def argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
     """detectron2's flags; a single machine picks a free port by itself."""
     parser = default_argument_parser(epilog)
     parser.set_defaults(dist_url="auto")
+    parser.error = lambda message: fail(parser, message)
     return parser
 
 
