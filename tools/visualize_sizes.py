@@ -42,14 +42,9 @@ def parse_arguments(argv=None):
 
 
 def main(args):
-<<<<<<< HEAD
     cfg = load_config(args.config_file) if args.config_file else None
     if cfg is not None:
         register_configured(cfg)
-=======
-    if args.config_file:
-        register_configured(load_config(args.config_file))
->>>>>>> 7b07e0f (Flags of all tools: ranges and places to write to are checked before any work, in one line)
     if args.dataset not in DatasetCatalog.list():
         raise ConfigError(f"--dataset: '{args.dataset}' is not registered")
     if not args.results:
