@@ -10,6 +10,7 @@ from kd_detectors import detector_cfg, detector_distill_cfg
 from kd_models import build, write_config
 from kd_scripts import load_script
 
+from projects.kd.data.image_mapper import ImageMapper
 from projects.kd.errors import ConfigError, DataError
 
 
@@ -63,6 +64,72 @@ def test_images_and_folders(demo, photos, tmp_path, name):
         assert 0 <= x0 <= x1 <= 64 and 0 <= y0 <= y1 <= 48
 
 
+def test_bad_images_are_passed_over(demo, photos, tmp_path, capsys):
+    _, config = student(tmp_path, "FCOS")
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    good = (photos / "0.png").read_bytes()
+    (folder / "a.png").write_bytes(good)
+    (folder / "b.png").write_bytes(good[:300])
+    (folder / "c.jpg").write_bytes(b"")
+    cv2.imwrite(str(folder / "d.png"), np.zeros((900, 1, 3), np.uint8))  # resized to nothing
+    cv2.imwrite(str(folder / "e.png"), np.full((40, 50), 40000, np.uint16))
+    (folder / "f.png").write_bytes(good)
+    out = tmp_path / "out"
+    arguments = ["--config-file", config, "--input", str(folder), "--output", str(out)]
+    with pytest.raises(DataError, match="4 of 6 images were passed over: .*b.png") as error:
+        demo.main(demo.parse_arguments(arguments))
+    assert "\n" not in str(error.value)
+    assert {x.name for x in out.iterdir()} == {"0000_a.jpg", "0005_f.jpg", "detections.json"}
+    report = json.loads((out / "detections.json").read_text())
+    assert [path[-5:] for path in report] == ["a.png", "f.png"]
+    assert report[str(folder / "a.png")] == report[str(folder / "f.png")]
+    passed = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[0][-5:] for line in passed] == ["b.png", "c.jpg", "d.png", "e.png"]
+    assert "INPUT.MIN_SIZE_TEST" in passed[2] and "INPUT.WHITE" in passed[3]
+    demo.main(
+        demo.parse_arguments(
+            [*arguments[:3], str(folder / "e.png"), *arguments[4:], "INPUT.WHITE", "65535.0"]
+        )
+    )
+
+
+def test_what_was_done_stays_when_the_rest_cannot_be(demo, photos, tmp_path, monkeypatch):
+    _, config = student(tmp_path, "FCOS")
+    run = demo.Predictor.__call__
+
+    def interrupted(self, image):
+        if image.shape[0] != 48:
+            raise KeyboardInterrupt
+        return run(self, image)
+
+    monkeypatch.setattr(demo.Predictor, "__call__", interrupted)
+    arguments = ["--config-file", config, "--input", str(photos), "--output", str(tmp_path / "out")]
+    with pytest.raises(KeyboardInterrupt):
+        demo.main(demo.parse_arguments(arguments))
+    report = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert list(report) == [str(photos / "0.png")]
+
+
+@pytest.mark.parametrize("image_format", ["L", "RGB", "YUV-BT.601"])
+def test_formats_are_those_of_evaluation(demo, photos, tmp_path, image_format):
+    cfg = detector_cfg("FCOS", INPUT__FORMAT=image_format)
+    channels = 1 if image_format == "L" else 3
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [100.0] * channels, [50.0] * channels
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    model = build(cfg)
+    torch.save({"model": model.state_dict()}, cfg.MODEL.WEIGHTS)
+    predictor = demo.Predictor(cfg, 0.0)
+    path = str(photos / "1.png")
+    example = ImageMapper(cfg, is_train=False)({"file_name": path})
+    with torch.no_grad():
+        expected = model.eval()([example])[0]["instances"]
+    found = predictor(cv2.imread(path))
+    assert len(expected) and torch.equal(found["instances"].scores, expected.scores)
+    assert torch.equal(found["instances"].pred_boxes.tensor, expected.pred_boxes.tensor)
+    assert predictor.draw(cv2.imread(path), found).shape == (64, 64, 3)
+
+
 def test_video(demo, tmp_path):
     _, config = student(tmp_path, "FCOS")
     source, target = str(tmp_path / "in.mp4"), str(tmp_path / "out.mp4")
@@ -81,7 +148,7 @@ def test_user_errors(demo, photos, tmp_path):
     common = ["--config-file", config, "--output", str(tmp_path / "out")]
     with pytest.raises(DataError, match="--input: no such file"):
         demo.main(demo.parse_arguments([*common, "--input", "nowhere.jpg"]))
-    with pytest.raises(DataError, match="cannot be read as an image"):
+    with pytest.raises(DataError, match="1 of 1 images .*notes.txt: image cannot be read"):
         demo.main(demo.parse_arguments([*common, "--input", str(photos / "notes.txt")]))
     with pytest.raises(DataError, match="--video"):
         demo.main(demo.parse_arguments([*common, "--video", str(photos / "notes.txt")]))

@@ -111,6 +111,17 @@ def predictions(dicts, noise, extra=0, seed=1, exact_scores=False):
     return found
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_cannot_be_read_is_one_line(tmp_path, workers):
+    make_data(tmp_path, f"eval_unreadable_{workers}", 1, images=3)
+    (tmp_path / "2.png").write_bytes(b"")
+    cfg = config(f"eval_unreadable_{workers}", DATALOADER__NUM_WORKERS=workers)
+    with pytest.raises(DataError) as error:
+        evaluate(cfg, lambda batch: [{} for _ in batch], output_dir=str(tmp_path / "out"))
+    assert str(error.value).startswith(f"{tmp_path}/2.png: image cannot be read")
+    assert "Traceback" not in str(error.value)
+
+
 def run(evaluator, found):
     evaluator.reset()
     for image_id, instances in found.items():

@@ -7,7 +7,8 @@
 
 CONFIG may be the config of a distillation: no teacher and no imitation head is built. Boxes, masks,
 keypoints and panoptic segments are drawn as far as the model predicts them; detections.json beside
-the pictures holds boxes XYXY in pixels of the image, scores and classes.
+the pictures holds boxes XYXY in pixels of the image, scores and classes. An image that cannot be
+used is named and passed over; the exit status is 2 then.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ import cv2  # noqa: E402
 import detectron2.data.transforms as T  # noqa: E402
 import torch  # noqa: E402
 from detectron2.data import MetadataCatalog  # noqa: E402
-from detectron2.data.detection_utils import read_image  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
 from detectron2.utils.visualizer import Visualizer  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from projects.kd import ConfigError, check_config, load_config  # noqa: E402
 from projects.kd.arguments import Parser, number  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import DataError, exit_on_user_error  # noqa: E402
+from projects.kd.files import writable_folder  # noqa: E402
+from projects.kd.images import in_format, read_image  # noqa: E402
 from projects.kd.weights import load_detector  # noqa: E402
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -68,16 +71,29 @@ class Predictor:
             )
         self.resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         self.format = cfg.INPUT.FORMAT
+        self.white = cfg.INPUT.WHITE
         self.threshold = threshold
         names = cfg.DATASETS.TEST or cfg.DATASETS.TRAIN
         self.metadata = MetadataCatalog.get(names[0] if names else "__unnamed")
 
     @torch.no_grad()
     def __call__(self, image) -> dict:
-        """detectron2's outputs, on the CPU, for an (H, W, 3) uint8 image in BGR order."""
+        """detectron2's outputs, on the CPU, for an (H, W, 3) uint8 image in BGR order.
+
+        Raises:
+            DataError: the image is so thin that resizing leaves nothing of it.
+        """
         height, width = image.shape[:2]
-        own = image if self.format == "BGR" else image[:, :, ::-1]
-        resized = self.resize.get_transform(own).apply_image(own)
+        own = image
+        if self.format != "BGR":
+            own = in_format(Image.fromarray(image[:, :, ::-1]), self.format)
+        try:
+            resized = self.resize.get_transform(own).apply_image(own)
+        except ValueError as error:
+            raise DataError(
+                f"image of {width}x{height} pixels cannot be resized by INPUT.MIN_SIZE_TEST and "
+                f"MAX_SIZE_TEST: {error}"
+            ) from error
         tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1).copy())
         output = self.model([{"image": tensor, "height": height, "width": width}])[0]
         if "instances" in output:
@@ -140,22 +156,50 @@ def image_files(paths: list[str]) -> list[str]:
 
 
 def run_on_images(predictor: Predictor, files: list[str], folder: str) -> None:
-    """A picture for each image, numbered, and detections.json."""
-    os.makedirs(folder, exist_ok=True)
-    names = predictor.metadata.get("thing_classes", ())
-    report = {}
-    for i, path in enumerate(files):
-        try:
-            image = read_image(path, "BGR")
-        except OSError as error:
-            raise DataError(f"--input: '{path}' cannot be read as an image: {error}") from error
-        output = predictor(image)
-        stem = os.path.splitext(os.path.basename(path))[0]
-        cv2.imwrite(os.path.join(folder, f"{i:04d}_{stem}.jpg"), predictor.draw(image, output))
-        report[path] = detections(output, names)
-        print(f"{path}: {len(report[path])} detections", flush=True)
-    with open(os.path.join(folder, "detections.json"), "w") as file:
-        json.dump(report, file, indent=1)
+    """A picture for each image, numbered, and detections.json, also of what an end leaves undone.
+
+    Raises:
+        DataError: images that could not be used, after all others are done.
+    """
+    writable_folder(folder, "--output")
+    report, bad = {}, []
+    try:
+        for i, path in enumerate(files):
+            try:
+                report[path] = _run_on_image(predictor, path, os.path.join(folder, f"{i:04d}"))
+            except DataError as error:
+                bad.append(str(error) if path in str(error) else f"{path}: {error}")
+                print(f"{bad[-1]}; passed over", file=sys.stderr, flush=True)
+            else:
+                print(f"{path}: {len(report[path])} detections", flush=True)
+    finally:
+        _write(report, os.path.join(folder, "detections.json"))
+    if bad:
+        raise DataError(f"--input: {len(bad)} of {len(files)} images were passed over: {bad[0]}")
+
+
+def _run_on_image(predictor: Predictor, path: str, start: str) -> list[dict]:
+    """Detections of one image; its picture's name begins with ``start``."""
+    image = read_image(path, "BGR", predictor.white)
+    output = predictor(image)
+    stem = os.path.splitext(os.path.basename(path))[0]
+    picture = f"{start}_{stem}.jpg"
+    try:
+        written = cv2.imwrite(picture, predictor.draw(image, output))
+    except cv2.error:  # a JPEG has at most 65500 pixels a side
+        written = False
+    if not written:
+        raise DataError(f"{path}: its picture cannot be written to {picture}")
+    return detections(output, predictor.metadata.get("thing_classes", ()))
+
+
+def _write(report: dict, path: str) -> None:
+    try:
+        with open(path + ".part", "w") as file:
+            json.dump(report, file, indent=1)
+        os.replace(path + ".part", path)
+    except OSError as error:
+        raise ConfigError(f"--output: {path} cannot be written: {error.strerror}") from error
 
 
 def run_on_video(predictor: Predictor, path: str, output: str) -> int:

@@ -21,7 +21,7 @@ import numpy as np  # noqa: E402
 from projects.kd.arguments import Parser, output_file  # noqa: E402
 from projects.kd.data import visdrone  # noqa: E402
 from projects.kd.errors import DataError, exit_on_user_error  # noqa: E402
-from projects.kd.files import image_size  # noqa: E402
+from projects.kd.images import image_size  # noqa: E402
 from projects.kd.visdrone_eval import READINGS, ImageResult, evaluate_images  # noqa: E402
 
 CATEGORIES = range(12)  # 0 = ignored region, 11 = others: in annotations, without influence here

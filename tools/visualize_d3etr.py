@@ -30,13 +30,14 @@ import torch  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from detectron2.data import DatasetCatalog, DatasetMapper  # noqa: E402
+from detectron2.data import DatasetCatalog  # noqa: E402
 from detectron2.data import transforms as T  # noqa: E402
 from detectron2.utils.env import seed_all_rng  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
 from projects.kd import build_training_model, check_config, load_config  # noqa: E402
 from projects.kd.arguments import Parser, output_file, whole  # noqa: E402
+from projects.kd.data.image_mapper import ImageMapper  # noqa: E402
 from projects.kd.data.mapper import NamedErrors  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
@@ -53,7 +54,12 @@ def load_example(cfg, dataset: str, index: int) -> dict:
     """One image of a data set at test size."""
     entry = data_set_entry(dataset, index)
     resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-    mapper = DatasetMapper(is_train=False, augmentations=[resize], image_format=cfg.INPUT.FORMAT)
+    mapper = ImageMapper(
+        is_train=False,
+        augmentations=[resize],
+        image_format=cfg.INPUT.FORMAT,
+        white=cfg.INPUT.WHITE,
+    )
     return NamedErrors(mapper)(entry)
 
 

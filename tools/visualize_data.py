@@ -22,20 +22,19 @@ import numpy as np  # noqa: E402
 
 matplotlib.use("Agg")
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
-from detectron2.data.detection_utils import read_image  # noqa: E402
 from detectron2.utils.visualizer import Visualizer  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from projects.kd.arguments import Parser, output_file, whole  # noqa: E402
 from projects.kd.config import load_config  # noqa: E402
-from projects.kd.data.mapper import NamedErrors  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
+from projects.kd.images import read_image  # noqa: E402
 
 
-def draw(entry: dict, metadata, size: int, semantic: bool) -> np.ndarray:
+def draw(entry: dict, metadata, size: int, semantic: bool, white: float = 0.0) -> np.ndarray:
     """One image with its ground truth, (size, size, 3) uint8 RGB, filled up with grey."""
-    image = NamedErrors(lambda d: read_image(d["file_name"], "RGB"))(entry)
+    image = read_image(entry["file_name"], "RGB", white)
     scale = size / max(image.shape[:2])
     wanted = "sem_seg_file_name" if semantic else "annotations"
     if semantic and wanted not in entry:
@@ -52,14 +51,16 @@ def draw(entry: dict, metadata, size: int, semantic: bool) -> np.ndarray:
     return canvas
 
 
-def contact_sheet(name: str, num: int, columns: int, size: int, semantic: bool) -> np.ndarray:
+def contact_sheet(
+    name: str, num: int, columns: int, size: int, semantic: bool, white: float = 0.0
+) -> np.ndarray:
     """``num`` images, evenly spaced over the data set, in rows of ``columns``; uint8 RGB."""
     entries = DatasetCatalog.get(name)
     if not entries:
         raise ConfigError(f"--dataset: '{name}' has no images")
     chosen = np.linspace(0, len(entries) - 1, min(num, len(entries))).round().astype(int)
     metadata = MetadataCatalog.get(name)
-    cells = [draw(entries[i], metadata, size, semantic) for i in chosen]
+    cells = [draw(entries[i], metadata, size, semantic, white) for i in chosen]
     cells += [np.full_like(cells[0], 255)] * (-len(cells) % columns)
     rows = [np.concatenate(cells[i : i + columns], axis=1) for i in range(0, len(cells), columns)]
     return np.concatenate(rows)
@@ -80,14 +81,17 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     if args.opts and not args.config_file:
         parser.error("overrides need --config-file")
+    white = 0.0
     if args.config_file:
-        register_configured(load_config(args.config_file, args.opts))
+        cfg = load_config(args.config_file, args.opts)
+        register_configured(cfg)
+        white = cfg.INPUT.WHITE
     if args.dataset not in DatasetCatalog.list():
         near = difflib.get_close_matches(args.dataset, DatasetCatalog.list(), n=3, cutoff=0.4)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError(f"--dataset: '{args.dataset}' is not registered{hint}")
     np.random.seed(0)  # detectron2 draws its colours from here
-    sheet = contact_sheet(args.dataset, args.num, args.columns, args.size, args.semantic)
+    sheet = contact_sheet(args.dataset, args.num, args.columns, args.size, args.semantic, white)
     try:
         Image.fromarray(sheet).save(args.output)
     except (OSError, ValueError) as error:

@@ -61,6 +61,7 @@ def load_example(cfg, dataset: str, index: int) -> dict:
         teacher_scale=cfg.KD.TEACHER.INPUT_SCALE,
         augmentations=[resize],
         image_format=cfg.INPUT.FORMAT,
+        white=cfg.INPUT.WHITE,
         use_instance_mask=False,
     )
     example = NamedErrors(mapper)(entry)

@@ -9,10 +9,15 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Base of the errors that scripts print as one line instead of a traceback."""
+    """Base of the errors that scripts print as one line instead of a traceback.
+
+    torch makes an error of a data loader's worker anew in the parent, of the same class, with the
+    worker's traceback as its message: the line is taken out of that.
+    """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(str(message).split()))
+        text = str(message)
+        super().__init__(" ".join((_line_of_worker_error(text) or text).split()))
 
 
 class ConfigError(UserError):
@@ -53,8 +58,8 @@ def did_you_mean(name, known: Iterable, cutoff: float = 0.6) -> str:
 def exit_on_user_error():
     """Scripts run their main function inside: a :class:`UserError` ends in one line and status 2.
 
-    A :class:`UserError` raised in a spawned process or a data loader worker reaches the parent
-    inside the text of another exception; its last line is shown then.
+    A :class:`UserError` raised in a spawned process reaches the parent inside the text of another
+    exception; its last line is shown then.
     """
     try:
         yield
@@ -73,7 +78,8 @@ def _exit(line: str) -> None:
 
 
 def _line_of_worker_error(text: str) -> str | None:
-    names = tuple(f"{__name__}.{c.__name__}: " for c in (ConfigError, DataError, TrainingError))
+    classes = (UserError, ConfigError, DataError, TrainingError)
+    names = tuple(f"{__name__}.{c.__name__}: " for c in classes)
     for line in reversed(text.splitlines()):
         for name in names:
             if line.startswith(name):

@@ -18,7 +18,6 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
-    DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
 )
@@ -34,6 +33,7 @@ from detectron2.utils.file_io import PathManager
 from pycocotools.cocoeval import COCOeval
 
 from .data.check import repair_ground_truth
+from .data.image_mapper import ImageMapper
 from .data.mapper import NamedErrors
 from .data.register import is_configured
 from .errors import ConfigError
@@ -92,7 +92,7 @@ def evaluate(
         model = TiledDetector.from_config(cfg, model)
     results: OrderedDict = OrderedDict()
     for name in names:
-        to_input = NamedErrors(mapper or DatasetMapper(cfg, is_train=False))
+        to_input = NamedErrors(mapper or ImageMapper(cfg, is_train=False))
         loader = build_detection_test_loader(cfg, name, mapper=to_input)
         own_folder = folder if len(names) == 1 else os.path.join(folder, name)
         evaluator = build_evaluator(cfg, name, own_folder)

@@ -1,4 +1,4 @@
-"""Files by name: configs and weights from paths or the model zoo, and the size of images."""
+"""Files by name: configs and weights from paths or the model zoo."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import tempfile
 from importlib import resources
 from urllib.parse import urlparse
 
-from PIL import Image
-
-from .errors import ConfigError, DataError
+from .errors import ConfigError
 
 MODEL_ZOO_PREFIX = "model_zoo://"
 _ZOO_WEIGHT_PREFIXES = ("detectron2://", "https://dl.fbaipublicfiles.com/detectron2/")
@@ -104,19 +102,6 @@ def _cache_path(url: str) -> str:
 def is_zoo_file(name: str) -> bool:
     """Whether ``name`` is weights published by detectron2 (or its ImageNet initialisations)."""
     return name.startswith(_ZOO_WEIGHT_PREFIXES)
-
-
-def image_size(path: str) -> tuple[int, int]:
-    """(width, height) of an image file in pixels; only its header is read.
-
-    Raises:
-        DataError: what Pillow cannot open, or will not for its size.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: image cannot be read: {error}") from error
 
 
 def writable_folder(path: str, key: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import torch
-from detectron2.data.detection_utils import read_image
 from detectron2.layers import batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNNWithTTA
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
@@ -14,6 +13,7 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from .errors import ConfigError
+from .images import read_image
 
 
 class DenseDetectorWithTTA(nn.Module):
@@ -32,6 +32,7 @@ class DenseDetectorWithTTA(nn.Module):
         self.model = model
         self.mapper = DatasetMapperTTA(cfg)
         self.format = cfg.INPUT.FORMAT
+        self.white = cfg.INPUT.WHITE
 
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
         """As the model's own; images with a ``file_name`` are read anew at their full size."""
@@ -40,7 +41,7 @@ class DenseDetectorWithTTA(nn.Module):
     def _full_size(self, example: dict) -> dict:
         example = copy.copy(example)
         if "file_name" in example:
-            image = read_image(example["file_name"], self.format)
+            image = read_image(example["file_name"], self.format, self.white)
             example["image"] = torch.from_numpy(image.transpose(2, 0, 1).copy())
         example.setdefault("height", example["image"].shape[1])
         example.setdefault("width", example["image"].shape[2])

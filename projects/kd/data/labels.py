@@ -10,6 +10,7 @@ from detectron2.data.detection_utils import SizeMismatchError, build_augmentatio
 from PIL import Image
 
 from ..errors import ConfigError, DataError
+from ..images import image_size
 
 # what Pillow and detectron2 raise for a missing, cut off or foreign file, or a wrong size
 UNREADABLE = (OSError, SyntaxError, SizeMismatchError, Image.DecompressionBombError)
@@ -24,11 +25,7 @@ def check_label_size(dataset_dict: dict) -> None:
     path = dataset_dict.get("sem_seg_file_name")
     if not path or "height" not in dataset_dict:
         return
-    try:
-        with Image.open(path) as labels:
-            size = labels.size
-    except UNREADABLE as error:
-        raise DataError(f"{path}: label map cannot be read: {error}") from error
+    size = image_size(path)
     wanted = dataset_dict["width"], dataset_dict["height"]
     if size != wanted:
         raise DataError(

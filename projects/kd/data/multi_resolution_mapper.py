@@ -7,19 +7,19 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from detectron2.config import configurable
-from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from fvcore.transforms.transform import HFlipTransform, VFlipTransform
 
 from ..errors import DataError
 from ..levels import scaled_size
+from .image_mapper import ImageMapper
 
 # what does the same to an image of any size
 _SIZE_FREE = (HFlipTransform, VFlipTransform, T.NoOpTransform, T.ColorTransform)
 
 
-class MultiResolutionMapper(DatasetMapper):
-    """detectron2's mapper; its examples have the teacher's image too where the scale is not 1.
+class MultiResolutionMapper(ImageMapper):
+    """:class:`ImageMapper`; its examples have the teacher's image too where the scale is not 1.
 
     ``image`` and ``instances`` are those of detectron2's mapper, with the same random numbers.
     ``image_teacher`` (3, :func:`~projects.kd.levels.scaled_size` of ``image``) shows the same crop

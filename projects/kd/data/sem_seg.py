@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..errors import ConfigError, DataError
-from ..files import image_size
+from ..images import image_header, image_size, turned_note
 
 IGNORE = 255
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -89,12 +89,13 @@ def load_sem_seg(image_root: str, label_root: str) -> list[dict]:
             labels = os.path.normpath(os.path.join(label_root, inner, stem + ".png"))
             if not os.path.isfile(labels):
                 raise DataError(f"{path}: its label map is missing: no file {labels}")
-            width, height = image_size(path)
+            header = image_header(path)
+            width, height = header.width, header.height
             found = image_size(labels)
             if found != (width, height):
                 raise DataError(
                     f"{labels}: the label map has {found[0]}x{found[1]} pixels, its image {path} "
-                    f"has {width}x{height}"
+                    f"has {width}x{height}{turned_note(header)}"
                 )
             dicts.append(
                 {
