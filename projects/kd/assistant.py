@@ -14,7 +14,6 @@ from .data.multi_resolution_mapper import MultiResolutionMapper
 from .distiller import DistillMetaArch, build_training_model
 from .errors import ConfigError
 from .heads.csa import CSA
-from .predict import predictor_for
 from .predict.base import step_precision
 from .weights import load_detector, read_torch_file
 
@@ -22,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class AssistantDetector(nn.Module):
-    """Detections from the assistant's features through the student's head.
+    """Detections from the assistant's features through its head (KD.CSA.HEAD).
 
     It needs the teacher at every image, so it is a diagnostic and no detector to deploy.
 
@@ -36,7 +35,7 @@ class AssistantDetector(nn.Module):
 
     @property
     def student(self) -> nn.Module:
-        """The student whose features and head it uses."""
+        """The student whose features it uses."""
         return self.wrapper.student
 
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
@@ -47,10 +46,11 @@ class AssistantDetector(nn.Module):
         """
         with EventStorage():  # taps and heads ask for the iteration
             ctx, _ = self.wrapper.observe(batched_inputs)
+        csa = _csa(self.wrapper)
         with torch.autocast(self.wrapper.device.type, enabled=False):
-            features = _csa(self.wrapper).assist(ctx)
+            features = csa.assist(ctx)
         with step_precision(next(iter(ctx.student_features.values()))):
-            found = predictor_for(self.student).infer(features, ctx.image_sizes)
+            found = csa.head.predictor(ctx).infer(features, ctx.image_sizes)
         sizes = [(x["height"], x["width"]) for x in batched_inputs]
         return [
             {"instances": detector_postprocess(instances, *size)}

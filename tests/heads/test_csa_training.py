@@ -136,13 +136,17 @@ def test_while_idle_it_is_bit_identical(teacher, tmp_path):
     assert values[:4] == [0] * 4 and all(values[4:])
 
 
-def test_resume_keeps_both_optimizers(teacher, tmp_path):
-    straight = trained(config(teacher, tmp_path / "straight"))
+@pytest.mark.parametrize("head", ["student", "copy", "average"])
+def test_resume_keeps_both_optimizers_and_the_assistants_head(head, teacher, tmp_path):
+    own = {"KD__CSA__HEAD": head, "KD__CSA__HEAD_DECAY": 0.5}
+    straight = trained(config(teacher, tmp_path / "straight", **own))
+    copied = [name for name in state(straight) if name.startswith("head.parts")]
+    assert bool(copied) == (head != "student")
 
     class Interrupt(Exception):
         pass
 
-    cfg = config(teacher, tmp_path / "resumed")
+    cfg = config(teacher, tmp_path / "resumed", **own)
     torch.manual_seed(0)
     trainer = DistillTrainer(cfg)
     trainer.resume_or_load(False)

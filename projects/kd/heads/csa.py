@@ -10,12 +10,13 @@ from torch import nn
 
 from ..config import PROPORTIONAL, head_node, register_config
 from ..context import DistillContext
-from ..errors import ConfigError
+from ..errors import ConfigError, require_one_of
 from ..functional.csa import default_rates
 from ..predict import predictor_for
 from ..predict.base import step_precision
 from .base import IMITATION_HEAD_REGISTRY, ImitationHead, common_width
 from .csa_attention import CrossScaleAttention
+from .csa_heads import HEADS, AssistantHead, build_assistant_head
 from .output_kd import PredictionWeights, add_prediction_keys, cell_masks, prediction_losses
 
 
@@ -29,6 +30,13 @@ def add_csa_config(cfg) -> None:
     # ramp is ours).
     node.START_ITER = PROPORTIONAL
     node.WARMUP_ITERS = PROPORTIONAL
+    # The detection head through which the assistant predicts: "student" = the student's, held
+    # constant; "copy" = a copy of it that trains with the assistant; "average" = the student's
+    # moving average; "teacher" = the teacher's, held constant, on what the attention reads in the
+    # teacher's width (a teacher of the same family, classes and anchors).
+    node.HEAD = "student"
+    # What "average" keeps of itself in an iteration.
+    node.HEAD_DECAY = 0.999
     # First iterations in which the assistant does not train: its optimizer does not step.
     node.IDLE_ITERS = 0
     # Width of queries, keys and values, and the attention heads that share it.
@@ -59,13 +67,19 @@ class CSA(ImitationHead):
     """Cross-scale assistant (ScaleKD, Zhu et al., CVPR 2023).
 
     At every level the assistant's features are the student's, detached, plus what
-    :class:`CrossScaleAttention` reads from the teacher. The student's own detection head, held
-    constant, predicts from them. These predictions
+    :class:`CrossScaleAttention` reads from the teacher. A detection head predicts from them: by
+    default the student's own, held constant (KD.CSA.HEAD, see :class:`AssistantHead`). These
+    predictions
 
     - train the attention on ground truth with the detector's own losses (``loss_aux_csa_*``, in
       every iteration, by an optimizer of its own);
     - detached, teach the student (``loss_kd_csa_*``, see :func:`prediction_losses`). At the start
       W^O is 0: both predict the same, and these losses are 0.
+
+    The teacher's head (HEAD "teacher") reads what the attention reads, in the teacher's width and
+    without the student's features; on levels without an assistant the teacher's own features, on
+    the student's grid. The student's head, live, closes a loop: its targets come from the very
+    parameters that they train.
 
     ``kd/csa_gain`` in the log is the student's detection loss less the assistant's, on the same
     anchors and regions: an assistant without a gain has nothing to teach.
@@ -77,17 +91,19 @@ class CSA(ImitationHead):
     two kinds of losses reach disjoint parameters, one backward pass of their sum and a step of each
     optimizer do what the published alternation does.
 
-    Public material leaves open that head, residual, forms and normalisers of the terms, rates and
-    ramp are as here; these are ours.
+    Public material has the student's head serve the assistant. Residual, forms and normalisers of
+    the terms, rates and ramp are not told; these are ours.
 
     Args:
         attention: on the chosen levels.
         weights: of the terms.
         taps: of the student, that its predictor reads.
+        head: through which the assistant predicts.
         idle_iters: iterations at the start in which the assistant does not train.
         **base: see :class:`ImitationHead`. ``levels`` are those with an assistant; the others'
-            features are the student's. With ``mask_padding`` no key lies in padding, and padding
-            takes no part in ``loss_kd_csa_*`` of dense predictions.
+            features are the student's (of HEAD "teacher" the teacher's). With ``mask_padding`` no
+            key lies in padding, and padding takes no part in ``loss_kd_csa_*`` of dense
+            predictions.
     """
 
     needs_boxes = True
@@ -99,11 +115,13 @@ class CSA(ImitationHead):
         attention: CrossScaleAttention,
         weights: PredictionWeights,
         taps: frozenset[str],
+        head: AssistantHead,
         idle_iters: int = 0,
         **base,
     ):
         super().__init__(**base)
         self.attention = attention
+        self.head = head
         self.weights = weights
         self.requires_student = taps
         self.idle_iters = idle_iters
@@ -126,15 +144,18 @@ class CSA(ImitationHead):
         strides = {level: student.shapes[level].stride for level in levels}
         rates = read_rates(node.RATES, strides, scale)
         _check_node(node, rates)
+        head = build_assistant_head(cfg, student, teacher)
         why = "KD.CSA.LEVELS: one attention serves all levels"
+        width = common_width("teacher", teacher, levels, why)
         attention = CrossScaleAttention(
             student_channels=common_width("student", student, levels, why),
-            teacher_channels=common_width("teacher", teacher, levels, why),
+            teacher_channels=width,
             rates=rates,
             dim=node.DIM,
             heads=node.HEADS,
             local_enhancement=node.LOCAL_ENHANCEMENT,
             positions=node.POSITIONS,
+            output_channels=width if node.HEAD == "teacher" else None,
         )
         return {
             **kwargs,
@@ -142,6 +163,7 @@ class CSA(ImitationHead):
             "attention": attention,
             "weights": PredictionWeights.from_node(node, "KD.CSA", predictor.two_stage),
             "taps": predictor.taps,
+            "head": head,
             "idle_iters": node.IDLE_ITERS,
         }
 
@@ -150,12 +172,14 @@ class CSA(ImitationHead):
         predictor = predictor_for(ctx.student)
         assigned = predictor.assign(ctx)
         student = predictor.student(ctx)
+        trains = self.aux_active(ctx.iteration)
+        if self.training:
+            self.head.follow(ctx.student, ctx.iteration, trains)
         features = self.assist(ctx)
         with step_precision(ctx.student_features[self.levels[0]]):
-            assistant = predictor.predict(features, assigned)
+            assistant = self.head.predict(ctx, features, assigned)
         losses = predictor.losses(assistant, assigned)
         self._log(ctx, predictor, student, assigned, losses)
-        trains = float(self.aux_active(ctx.iteration))
         auxiliary = {
             f"loss_aux_csa_{name.removeprefix('loss_')}": loss if trains else loss * 0.0
             for name, loss in losses.items()
@@ -173,13 +197,26 @@ class CSA(ImitationHead):
             ctx.put_scalar("kd/csa_gain", sum(own.values()) - sum(losses.values()))
 
     def assist(self, ctx: DistillContext) -> dict[str, torch.Tensor]:
-        """The assistant's features, all of the student's levels, (N, C, H, W) in fp32."""
-        features = {level: x.detach().float() for level, x in ctx.student_features.items()}
+        """The assistant's features, all of the student's levels, (N, C, H, W) in fp32.
+
+        In the teacher's width, on the levels that are paired, where its head reads them.
+        """
+        own = {level: x.detach().float() for level, x in ctx.student_features.items()}
+        teacher_head = self.head.kind == "teacher"
+        features = self._teacher_features(ctx) if teacher_head else dict(own)
         for level in self.levels:
             teacher = ctx.teacher_features[level].detach().float()
-            read = self.attention(level, features[level], teacher, self.teacher_mask(ctx, level))
-            features[level] = features[level] + read
+            read = self.attention(level, own[level], teacher, self.teacher_mask(ctx, level))
+            features[level] = read if teacher_head else own[level] + read
         return features
+
+    def _teacher_features(self, ctx: DistillContext) -> dict[str, torch.Tensor]:
+        """On the student's grid, of the levels without an assistant."""
+        return {
+            level: self.align(ctx, level, ctx.student_features[level], x)[1]
+            for level, x in ctx.teacher_features.items()
+            if level not in self.levels
+        }
 
     def teacher_mask(self, ctx: DistillContext, level: str) -> torch.Tensor | None:
         """(N, 1, Ht, Wt) bool of the teacher's valid cells; None without padding."""
@@ -188,7 +225,7 @@ class CSA(ImitationHead):
         return ctx.teacher_valid_mask(level)
 
     def aux_parameters(self) -> Iterable[nn.Parameter]:
-        """The whole assistant."""
+        """The whole assistant, a copied head included."""
         return self.parameters()
 
     def aux_active(self, iteration: int) -> bool:
@@ -222,6 +259,9 @@ def read_rates(given: list, strides: Mapping[str, int], scale: float) -> dict[st
 
 
 def _check_node(node, rates: Mapping[str, tuple[int, ...]]) -> None:
+    require_one_of("KD.CSA.HEAD", node.HEAD, HEADS)
+    if not 0 <= node.HEAD_DECAY < 1:
+        raise ConfigError(f"KD.CSA.HEAD_DECAY is {node.HEAD_DECAY}, it must lie in [0, 1)")
     for level, groups in rates.items():
         if node.HEADS < 1 or node.HEADS % len(groups):
             raise ConfigError(

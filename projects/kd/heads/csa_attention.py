@@ -29,7 +29,8 @@ class CrossScaleAttention(nn.Module):
     prose has Q and K of the teacher; its equations are the ones above, and only they give an output
     on the student's grid for any teacher resolution. Ours: MSC is depth-wise (a full 16x16
     convolution has 16.8 M weights), W^Q, W^O and P are shared by levels while MSC, W^K and W^V
-    belong to a level and group, as they depend on its rate; W^O starts at 0.
+    belong to a level and group, as they depend on its rate; W^O starts at 0, for a residual around
+    the block.
 
     Args:
         student_channels, teacher_channels: C and Ct.
@@ -39,6 +40,7 @@ class CrossScaleAttention(nn.Module):
         local_enhancement: False leaves P out.
         positions: add :func:`cell_encoding`, times a learned factor for each attention head, to
             queries and keys.
+        output_channels: width of the result, whose W^O does not start at 0; None = C.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class CrossScaleAttention(nn.Module):
         heads: int = 8,
         local_enhancement: bool = True,
         positions: bool = False,
+        output_channels: int | None = None,
     ):
         super().__init__()
         self.heads = heads
@@ -64,12 +67,13 @@ class CrossScaleAttention(nn.Module):
             }
         )
         self.local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if local_enhancement else None
-        self.output = nn.Linear(dim, student_channels)
+        self.output = nn.Linear(dim, output_channels or student_channels)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        nn.init.zeros_(self.output.weight)
+        if output_channels is None:
+            nn.init.zeros_(self.output.weight)
         self.position_scale = None
         if positions:  # an encoding of d channels has the squared norm d / 2
             scale = (2 * OWN_PLACE / (dim // heads) ** 0.5) ** 0.5
@@ -82,7 +86,7 @@ class CrossScaleAttention(nn.Module):
         teacher: torch.Tensor,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What the level reads from the teacher, (N, C, H, W).
+        """What the level reads from the teacher, (N, C, H, W), or of ``output_channels``.
 
         Args:
             level: its name.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..config import head_node, register_config
-from ..context import DistillContext
+from ..context import DistillContext, ModelInfo
 from ..errors import ConfigError, require_one_of
 from ..functional.output_kd import (
     box_weight,
@@ -126,6 +126,32 @@ def cell_masks(head: ImitationHead, ctx: DistillContext) -> dict[str, torch.Tens
     }
 
 
+def comparable(cfg, student: ModelInfo, teacher: ModelInfo, user: str, key: str):
+    """The predictors of both sides, and where the teacher predicts for the student's anchors.
+
+    Args:
+        cfg: the student's config.
+        student, teacher: as in :meth:`ImitationHead.from_config`.
+        user: head that asks, for messages.
+        key: its config key, for messages.
+
+    Returns:
+        Predictor of the student, of the teacher, and what :meth:`Predictor.match` gives.
+
+    Raises:
+        ConfigError: the two predict other things, or for other classes.
+    """
+    ours = predictor_for(student.model, user)
+    theirs = predictor_for(teacher.model, user, "teacher")
+    ours.check_student()
+    if ours.num_classes != theirs.num_classes:
+        raise ConfigError(
+            f"{key}: the student has {ours.num_classes} classes and the teacher "
+            f"{theirs.num_classes}; their predictions cannot be compared"
+        )
+    return ours, theirs, ours.match(theirs, cfg.KD.TEACHER.INPUT_SCALE, key)
+
+
 @register_config
 def add_output_kd_config(cfg) -> None:
     """Add KD.OUTPUTKD."""
@@ -184,16 +210,7 @@ class OutputKD(ImitationHead):
         node, key = cfg.KD.OUTPUTKD, "KD.OUTPUTKD"
         if node.BOX_JITTER < 0:
             raise ConfigError(f"{key}.BOX_JITTER is {node.BOX_JITTER}, it must not be negative")
-        ours = predictor_for(student.model, "OutputKD")
-        theirs = predictor_for(teacher.model, "OutputKD", "teacher")
-        ours.check_student()
-        scale = cfg.KD.TEACHER.INPUT_SCALE
-        if ours.num_classes != theirs.num_classes:
-            raise ConfigError(
-                f"{key}: the student has {ours.num_classes} classes and the teacher "
-                f"{theirs.num_classes}; their predictions cannot be compared"
-            )
-        match = ours.match(theirs, scale, key)
+        ours, theirs, match = comparable(cfg, student, teacher, "OutputKD", key)
         kwargs = super().from_config(cfg, student, teacher)
         missing = [level for level in kwargs["levels"] if level not in match]
         if missing and (node.LEVELS or cfg.KD.LEVELS):
@@ -208,7 +225,7 @@ class OutputKD(ImitationHead):
             "match": match,
             "teacher_levels": teacher.paired_names(theirs.levels, key),
             "taps": ours.taps,
-            "scale": scale,
+            "scale": cfg.KD.TEACHER.INPUT_SCALE,
             "jitter": node.BOX_JITTER,
         }
 

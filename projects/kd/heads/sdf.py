@@ -19,6 +19,7 @@ from ..errors import ConfigError, require_one_of
 from ..functional.mimic import mimic_loss
 from ..functional.sdf import embed, group_norm, spread
 from ..taps import tapped_module
+from .average import MovingAverage
 from .base import IMITATION_HEAD_REGISTRY, ImitationHead
 
 logger = logging.getLogger(__name__)
@@ -167,14 +168,13 @@ class SDF(ImitationHead):
         self.teacher_stages = dict(teacher_stages)
         self.strides = dict(strides)
         self.teacher_sdf = teacher_sdf
-        self.ema_decay = ema_decay
+        self.average = MovingAverage(ema_decay)
         # parameters in no optimizer: saved, and made equal on all processes when training starts
         self.targets = None
         if teacher_sdf != "shared":
             self.targets = copy.deepcopy(decouplers).requires_grad_(False)
         # at the first logged step; below 0 = none yet
         self.register_buffer("first_spread", torch.full((), -1.0))
-        self._averaged_at: int | None = None
         self._warned = False
 
     @classmethod
@@ -207,7 +207,8 @@ class SDF(ImitationHead):
 
     def forward(self, ctx: DistillContext) -> dict[str, torch.Tensor]:
         """``loss_kd_sdf``: weight * mean over stages of the mean squared difference."""
-        self._average(ctx.iteration)
+        if self.training and self.teacher_sdf == "ema":
+            self.average.update(self.targets, self.decouplers, ctx.iteration)
         total, spreads = 0.0, []
         for stage in self.levels:
             student, teacher, mask = self.stage_pair(ctx, stage)
@@ -243,20 +244,6 @@ class SDF(ImitationHead):
         if mask is not None:
             student, teacher = (x.masked_fill(~mask, 0.0) for x in (student, teacher))
         return student, teacher, mask
-
-    @torch.no_grad()
-    def _average(self, iteration: int) -> None:
-        """Take the last optimizer step into the moving average.
-
-        When an iteration first comes by, not once a batch: an accumulated step counts once. The
-        very first call finds equal values and changes nothing, and after a resume the first call
-        does what the interrupted run would have done, so no counter has to be saved.
-        """
-        if not self.training or self.teacher_sdf != "ema" or self._averaged_at == iteration:
-            return
-        self._averaged_at = iteration
-        averages, own = list(self.targets.parameters()), list(self.decouplers.parameters())
-        torch._foreach_lerp_(averages, own, 1.0 - self.ema_decay)
 
     def _watch(self, ctx: DistillContext, value: torch.Tensor) -> None:
         """Log the target's spread and say once if it is lost; only in steps that log."""

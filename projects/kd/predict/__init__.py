@@ -9,6 +9,7 @@ from .base import (
     call_constant,
     predictor_for,
     register_predictor,
+    with_modules,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "call_constant",
     "predictor_for",
     "register_predictor",
+    "with_modules",
 ]

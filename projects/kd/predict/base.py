@@ -11,6 +11,7 @@ regions of all images together. Boxes are XYXY in pixels of the student's input.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,6 +105,8 @@ class Predictor:
         name: the detectors it is for, in messages.
         two_stage: which published loss weights apply.
         taps: taps of the student that :meth:`student` reads.
+        modules: paths of the submodules that :meth:`predict` runs, for assistants that predict by
+            modules of their own (:func:`with_modules`).
 
     Args:
         model: the detector.
@@ -112,6 +115,7 @@ class Predictor:
     name: str = ""
     two_stage: bool = False
     taps: frozenset[str] = frozenset()
+    modules: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -153,6 +157,12 @@ class Predictor:
             ConfigError: the two predict different things.
         """
         raise NotImplementedError
+
+    def check_exchange(self, teacher: Predictor, key: str) -> None:
+        """Raise ConfigError unless the teacher's ``modules`` can stand in for this model's.
+
+        Called after :meth:`match`; ``key`` is for the message.
+        """
 
     def assign(self, ctx: DistillContext) -> Any:
         """What ground truth says about the step's anchors and regions; ``ctx.gt`` is given."""
@@ -251,6 +261,32 @@ def predictor_for(model: nn.Module, user: str = "", side: str = "student") -> Pr
         f"KD.HEADS: {user} does not work with the {side} {parts} "
         f"(register_predictor); it works with {', '.join(known)}"
     )
+
+
+def with_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """The same detector with other submodules; it shares all else, and the model is not changed.
+
+    Args:
+        model: the detector.
+        modules: path to what takes the place of the submodule there.
+    """
+    view = _shallow(model)
+    for path, module in modules.items():
+        *parents, name = path.split(".")
+        owner, original = view, model
+        for parent in parents:
+            original = original._modules[parent]
+            if owner._modules[parent] is original:  # not yet a copy of this call's
+                owner._modules[parent] = _shallow(original)
+            owner = owner._modules[parent]
+        owner._modules[name] = module
+    return view
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    result = copy.copy(module)
+    result._modules = dict(module._modules)
+    return result
 
 
 def call_constant(module: nn.Module, *inputs, constant: bool = True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from detectron2.utils.events import get_event_storage
 
+from ..errors import ConfigError
 from .dense import flatten_cells, match_anchors
 from .retinanet import RetinaNetPredictor
 
@@ -27,6 +28,14 @@ class GFLPredictor(RetinaNetPredictor):
             raise self.other_family(teacher, key)
         generators = self.model.anchor_generator, teacher.model.anchor_generator
         return match_anchors(*generators, self.levels, scale, key)
+
+    def check_exchange(self, teacher, key):
+        """The losses read the student's number of bins."""
+        if teacher.box_width != self.box_width:
+            raise ConfigError(
+                f"{key}: the student's sides have {self.model.reg_max + 1} bins and the teacher's "
+                f"{teacher.model.reg_max + 1} (MODEL.GFL.REG_MAX)"
+            )
 
     def losses(self, predictions, assigned):
         """``loss_gfl_cls``, ``_box`` and ``_dfl``."""

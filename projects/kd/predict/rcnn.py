@@ -63,6 +63,7 @@ class RCNNPredictor(Predictor):
     name = "GeneralizedRCNN with StandardROIHeads"
     two_stage = True
     taps = frozenset({"rpn", "box", "sampled_proposals"})
+    modules = ("proposal_generator.rpn_head", "roi_heads.box_head", "roi_heads.box_predictor")
 
     @classmethod
     def fits(cls, model):
@@ -119,6 +120,15 @@ class RCNNPredictor(Predictor):
         generators = (x.model.proposal_generator.anchor_generator for x in (self, teacher))
         names = self.model.proposal_generator.in_features
         return match_anchors(*generators, names, scale, key)
+
+    def check_exchange(self, teacher, key):
+        """A box head reads regions of one size."""
+        ours, theirs = (tuple(x.model.roi_heads.box_pooler.output_size) for x in (self, teacher))
+        if ours != theirs:
+            raise ConfigError(
+                f"{key}: the student pools regions to {ours} cells and the teacher to {theirs} "
+                "(MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION)"
+            )
 
     def assign(self, ctx):
         """Labels of a sample of the anchors; the student's own regions."""

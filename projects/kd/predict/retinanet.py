@@ -36,6 +36,7 @@ class RetinaNetPredictor(Predictor):
 
     name = "RetinaNet"
     taps = frozenset({"dense"})
+    modules = ("head",)
     outputs = DensePredictions
 
     @property
