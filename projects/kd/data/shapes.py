@@ -1,7 +1,7 @@
 """The built-in data sets ``shapes_train``, ``shapes_dev`` and ``shapes_val``: made on first use.
 
-Recipes are tuned on ``shapes_dev``, results are reported on ``shapes_val``. No download. They lie in
-``$DETECTRON2_DATASETS/shapes/v<VERSION>/{train,dev,val}`` (default: ``./datasets``)::
+Recipes are tuned on ``shapes_dev``, results are reported on ``shapes_val``. No download. They lie
+in ``$DETECTRON2_DATASETS/shapes/v<VERSION>/{train,dev,val}`` (default: ``./datasets``)::
 
     images/000000.jpg ...      256x256, 256x320 or 320x256 pixels
     semantic/000000.png ...    one byte a pixel: 0 = background, 1 + class index
