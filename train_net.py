@@ -15,29 +15,26 @@ import logging
 import os
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup, hooks
+from detectron2.engine import hooks
 from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from detectron2.utils.collect_env import collect_env_info
-from detectron2.utils.env import seed_all_rng
-from detectron2.utils.logger import setup_logger
 
 from projects.kd import check_config, load_config
 from projects.kd.data.register import register_configured
 from projects.kd.engine.checkpoint import DistillCheckpointer, output_checkpoint
 from projects.kd.engine.launch import argument_parser, launch_training
+from projects.kd.engine.setup import start_run
 from projects.kd.engine.trainer import DistillTrainer
 from projects.kd.errors import ConfigError, exit_on_user_error
 from projects.kd.evaluation import evaluate
-from projects.kd.files import resolve_config
 from projects.kd.tta import tta_class
 
 logger = logging.getLogger("detectron2.train_net")
 
 
 def setup(args) -> CfgNode:
-    """Config, data sets, log files and OUTPUT_DIR/config.yaml of a run."""
+    """Config, data sets and log files of a run."""
     if args.teacher:
         from projects.kd.recipes import apply_recipe
 
@@ -49,24 +46,14 @@ def setup(args) -> CfgNode:
     register_configured(cfg)
     check_config(cfg, training=not args.eval_only)
     cfg.freeze()
-    if args.eval_only:  # leaves the config.yaml of the training run as it is
-        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fvcore")
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="projects")
-        logger.info("Environment info:\n" + collect_env_info())
-        seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
-        return cfg
     found = output_checkpoint(cfg.OUTPUT_DIR)
-    if found and not args.resume:
+    if found and not args.resume and not args.eval_only:
         raise ConfigError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} already holds {found} of another run: add --resume to "
             "continue it, or choose another OUTPUT_DIR"
         )
     comm.synchronize()  # no rank may write before all have looked
-    args.config_file = resolve_config(args.config_file)  # default_setup logs its text
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="projects")
+    start_run(cfg, args)
     return cfg
 
 
@@ -103,11 +90,13 @@ def main(args):
         return evaluate_only(cfg, args)
     trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
+    trainer.write_config()
     if cfg.TEST.AUG.ENABLED:
         trainer.register_hooks(
             [
                 hooks.EvalHook(
-                    0, lambda: {} if trainer.failed else test_with_tta(cfg, trainer.student)
+                    0,
+                    lambda: trainer.unless_stopped(lambda: test_with_tta(cfg, trainer.student)),
                 )
             ]
         )

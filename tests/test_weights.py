@@ -91,7 +91,9 @@ def test_a_torch_file_without_a_state_dict_is_named(model, tmp_path, content):
 
 def test_a_single_tensor_is_no_checkpoint(model, tmp_path):
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
-    with pytest.raises(ConfigError, match=rf"^{KEY}: '.*tensor\.pth' is truncated or not"):
+    with pytest.raises(
+        ConfigError, match=rf"^{KEY}: '.*tensor\.pth' holds no state dict.*single array"
+    ):
         load_detector(model, str(tmp_path / "tensor.pth"), KEY)
 
 

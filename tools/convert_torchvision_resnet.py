@@ -34,7 +34,7 @@ from projects.kd.arguments import Parser, output_file  # noqa: E402
 from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
 from projects.kd.files import resolve_weights  # noqa: E402
 from projects.kd.modeling.resnet_names import detectron2_name  # noqa: E402
-from projects.kd.weights import read_torch_file  # noqa: E402
+from projects.kd.weight_files import read_torch_file  # noqa: E402
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 

@@ -13,9 +13,11 @@ from torch import nn
 from .data.multi_resolution_mapper import MultiResolutionMapper
 from .distiller import DistillMetaArch, build_training_model
 from .errors import ConfigError
+from .files import resolve_weights
 from .heads.csa import CSA
 from .predict.base import step_precision
-from .weights import load_detector, read_torch_file
+from .weight_files import read_torch_file
+from .weights import load_detector
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +78,9 @@ def build_assistant(cfg) -> tuple[AssistantDetector, MultiResolutionMapper]:
     wrapper = build_training_model(cfg).eval()
     missing = load_detector(wrapper.student, path, "MODEL.WEIGHTS", cfg.KD.ALLOW_PICKLE)
     heads = None
-    if not missing and path.endswith(".pth"):
-        heads = read_torch_file(path, "MODEL.WEIGHTS", cfg.KD.ALLOW_PICKLE).get("distill")
+    if not missing:
+        content = read_torch_file(resolve_weights(path), "MODEL.WEIGHTS", cfg.KD.ALLOW_PICKLE)
+        heads = content.get("distill")
     if heads is None:
         raise ConfigError(
             f"MODEL.WEIGHTS: '{path}' holds no student with its imitation heads; --assistant needs "

@@ -13,7 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from .adapters import ADAPTER_TYPES
 from .data.needs import check_data_sets
 from .errors import ConfigError, require_one_of
-from .files import resolve_config
+from .files import require_pickles, resolve_config, resolve_weights
 from .heads.base import head_class
 from .levels import check_input_scale
 from .schedule import build_ramp
@@ -42,6 +42,7 @@ def check_config(cfg, training: bool = True) -> None:
     _check_datasets(cfg, training)
     check_data_sets(cfg, training)
     check_tiles(cfg)
+    _check_proposals(cfg, training)
     for name in cfg.TEST.VISDRONE_READINGS:
         require_one_of("TEST.VISDRONE_READINGS", name, READINGS)
     if training:
@@ -104,6 +105,14 @@ def _check_files(key: str, dataset: str) -> None:
                 f"{key}: data set '{dataset}' needs the file '{file}'; {how}, or set the "
                 "environment variable DETECTRON2_DATASETS (datasets/README.md)"
             )
+
+
+def _check_proposals(cfg, training: bool) -> None:
+    """Proposal files are pickles: they are read only when that is allowed."""
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        return
+    for key in ("PROPOSAL_FILES_TEST", "PROPOSAL_FILES_TRAIN")[: 2 if training else 1]:
+        require_pickles(cfg.DATASETS[key], f"DATASETS.{key}", cfg.KD.ALLOW_PICKLE)
 
 
 def _check_classes(cfg, dataset: str) -> None:
@@ -169,9 +178,8 @@ def _check_distillation(cfg) -> None:
     if not kd.TEACHER.CONFIG_FILE:
         raise ConfigError("KD.TEACHER.CONFIG_FILE is empty: name the teacher's config")
     resolve_config(kd.TEACHER.CONFIG_FILE, "KD.TEACHER.CONFIG_FILE")
-    weights = kd.TEACHER.WEIGHTS
-    if weights and "://" not in weights and not os.path.isfile(os.path.expanduser(weights)):
-        raise ConfigError(f"KD.TEACHER.WEIGHTS: no such file '{weights}'; train the teacher first")
+    if kd.TEACHER.WEIGHTS and "://" not in kd.TEACHER.WEIGHTS:
+        resolve_weights(kd.TEACHER.WEIGHTS, "KD.TEACHER.WEIGHTS")
     check_input_scale(kd.TEACHER.INPUT_SCALE)
     require_one_of("KD.TEACHER.DTYPE", kd.TEACHER.DTYPE, ("auto", *DTYPES))
     require_one_of("KD.ADAPTER.TYPE", kd.ADAPTER.TYPE, ADAPTER_TYPES)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
+import os
+import signal
 import sys
 from collections.abc import Iterable
 
@@ -30,6 +33,42 @@ class DataError(UserError):
 
 class TrainingError(UserError, FloatingPointError):
     """Training cannot go on (a loss became NaN or infinite)."""
+
+
+class Stopped(SystemExit):
+    """A signal has ended the run: status 128 + signal, as a shell has it.
+
+    Args:
+        signum: the signal.
+        what: what was saved, and how to go on.
+        told: whether the line is on the console already.
+    """
+
+    def __init__(self, signum: int, what: str, told: bool = False):
+        super().__init__(128 + signum)
+        self.signum = signum
+        self.told = told
+        self.line = f"stopped by {signal.Signals(signum).name}: {what}"
+
+    def __str__(self) -> str:
+        return self.line
+
+
+# What the disk, not the program, can be blamed for.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM)
+
+
+def disk_fault(error: BaseException | None) -> str | None:
+    """What is wrong with the disk, in words, if an error or a cause of it says so.
+
+    "" is never returned: None means that the disk is not to blame.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            where = f" ({error.filename})" if error.filename else ""
+            return f"{os.strerror(error.errno)}{where}"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def require_one_of(key: str, value, allowed) -> None:
@@ -59,12 +98,27 @@ def exit_on_user_error():
     """Scripts run their main function inside: a :class:`UserError` ends in one line and status 2.
 
     A :class:`UserError` raised in a spawned process reaches the parent inside the text of another
-    exception; its last line is shown then.
+    exception; its last line is shown then. A full or read-only disk is one line as well, and so is
+    Ctrl-C, with status 130.
     """
     try:
         yield
     except UserError as error:
         _exit(str(error))
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except Stopped as stop:
+        if not stop.told:
+            print(stop.line, file=sys.stderr)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)  # on the way out, with this status
+        raise
+    except OSError as error:
+        reason = disk_fault(error)
+        if reason is None:
+            raise
+        _exit(f"{reason}; OUTPUT_DIR, or --output of a tool, names the folder that is written to")
     except Exception as error:  # a worker's traceback, re-raised by torch as text
         line = _line_of_worker_error(str(error))
         if line is None:

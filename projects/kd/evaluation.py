@@ -36,7 +36,9 @@ from .data.check import repair_ground_truth
 from .data.image_mapper import ImageMapper
 from .data.mapper import NamedErrors
 from .data.register import is_configured
+from .engine.stopping import AgreeingEvaluator, UntilStopped
 from .errors import ConfigError
+from .files import require_pickles
 from .sem_seg_evaluation import SemanticEvaluator
 from .taps import class_names_of
 from .tiles import TiledDetector
@@ -90,13 +92,18 @@ def evaluate(
         if mapper is not None:  # tiles are cut from one image, not from what a mapper adds
             raise ConfigError("TEST.TILES.ENABLED: this evaluation has a mapper of its own")
         model = TiledDetector.from_config(cfg, model)
+    if cfg.MODEL.LOAD_PROPOSALS:  # pickles
+        files = cfg.DATASETS.PROPOSAL_FILES_TEST
+        require_pickles(files, "DATASETS.PROPOSAL_FILES_TEST", cfg.KD.ALLOW_PICKLE)
     results: OrderedDict = OrderedDict()
     for name in names:
         to_input = NamedErrors(mapper or ImageMapper(cfg, is_train=False))
         loader = build_detection_test_loader(cfg, name, mapper=to_input)
         own_folder = folder if len(names) == 1 else os.path.join(folder, name)
         evaluator = build_evaluator(cfg, name, own_folder)
-        results[name] = inference_on_dataset(model, loader, evaluator) or OrderedDict()
+        results[name] = inference_on_dataset(
+            model, UntilStopped(loader), AgreeingEvaluator(evaluator)
+        )
         if comm.is_main_process():
             logger.info("Evaluation results for %s in csv format:", name)
             print_csv_format(results[name])

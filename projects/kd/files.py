@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
+import hashlib
 import os
+import re
 import tempfile
+from collections.abc import Iterable, Iterator
 from importlib import resources
+from typing import BinaryIO
 from urllib.parse import urlparse
 
 from .errors import ConfigError
 
 MODEL_ZOO_PREFIX = "model_zoo://"
 _ZOO_WEIGHT_PREFIXES = ("detectron2://", "https://dl.fbaipublicfiles.com/detectron2/")
+_PLAIN_PATH = re.compile(r"[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*", re.ASCII)
 
 
 def resolve_config(name: str, key: str = "--config-file") -> str:
@@ -33,7 +39,7 @@ def resolve_config(name: str, key: str = "--config-file") -> str:
         if not os.path.isfile(path):
             raise ConfigError(f"{key}: detectron2's model zoo has no config '{relative}'")
         return path
-    path = os.path.expandvars(os.path.expanduser(name))
+    path = expand(name)
     if not os.path.isfile(path):
         raise ConfigError(f"{key}: no such file '{name}'")
     return path
@@ -65,16 +71,38 @@ def zoo_weights_url(config_name: str) -> str | None:
     return None if suffix is None else _ModelZooUrls.S3_PREFIX + stem + "/" + suffix
 
 
+def split_query(name: str) -> tuple[str, str]:
+    """A name of weights without what follows its "?", and that ("" where there is none).
+
+    detectron2 takes ``?matching_heuristics=True`` behind the name. A file whose own name holds a
+    "?" is found first.
+    """
+    if "://" not in name and os.path.isfile(expand(name)):
+        return name, ""
+    name, _, query = name.partition("?")
+    return name, query
+
+
+def expand(name: str) -> str:
+    """A path with ``~`` and ``$VAR`` filled in."""
+    return os.path.expandvars(os.path.expanduser(name))
+
+
 def resolve_weights(name: str, key: str = "MODEL.WEIGHTS") -> str:
     """Turn a path or URL of weights into a local file, downloading through detectron2's cache.
+
+    Args:
+        name: may hold ``~`` and ``$VAR``, and end in a query (:func:`split_query`).
+        key: the config key or flag that holds ``name``, for the error message.
 
     Raises:
         ConfigError: missing, or not downloadable; names the file and where to put it.
     """
+    name = split_query(name)[0]
     if "://" not in name:
-        path = os.path.expandvars(os.path.expanduser(name))
+        path = expand(name)
         if not os.path.isfile(path):
-            raise ConfigError(f"{key}: no such file '{name}'")
+            raise ConfigError(f"{key}: {_why_missing(name, path)}")
         return path
     from detectron2.utils.file_io import PathManager
 
@@ -86,6 +114,16 @@ def resolve_weights(name: str, key: str = "MODEL.WEIGHTS") -> str:
             f"{key}: '{name}' could not be downloaded ({type(error).__name__}); "
             f"fetch it elsewhere and put it at {wanted}, or set {key} to a local file"
         ) from error
+
+
+def _why_missing(name: str, path: str) -> str:
+    if os.path.isdir(path):
+        inside = sorted(n for n in os.listdir(path) if n.endswith((".pth", ".pkl", ".safetensors")))
+        hint = f", {inside[-1]} for example" if inside else ""
+        return f"'{name}' is a folder, name a file of weights in it{hint}"
+    unset = [x.strip("{}") for x in re.findall(r"\$(\w+|\{[^}]*\})", path)]
+    hint = f" (the environment variable {unset[0]} is not set)" if unset else ""
+    return f"no such file '{name}'{hint}"
 
 
 def _cache_path(url: str) -> str:
@@ -100,8 +138,82 @@ def _cache_path(url: str) -> str:
 
 
 def is_zoo_file(name: str) -> bool:
-    """Whether ``name`` is weights published by detectron2 (or its ImageNet initialisations)."""
-    return name.startswith(_ZOO_WEIGHT_PREFIXES)
+    """Whether ``name`` is the address of a file that detectron2 publishes, in its one plain form.
+
+    An address with ``..``, an empty part, a query or anything that a server or a cache may read in
+    another way is nobody's: its place in the cache could be any file of this machine.
+    """
+    return any(
+        name.startswith(prefix) and _PLAIN_PATH.fullmatch(name[len(prefix) :])
+        for prefix in _ZOO_WEIGHT_PREFIXES
+    )
+
+
+def may_unpickle(name: str, path: str, key: str, allow_pickle: bool) -> bool:
+    """Whether a file that runs code when it is read may be read.
+
+    Yes with KD.ALLOW_PICKLE, and for the model zoo's own addresses (:func:`is_zoo_file`). The zoo
+    writes the start of a file's MD5 into its name (``model_final_971ab9.pkl``), which has to hold.
+
+    Args:
+        name: as the config gives it, without a query.
+        path: the local file.
+        key: the config key or flag that holds ``name``, for the error message.
+        allow_pickle: the value of KD.ALLOW_PICKLE.
+
+    Raises:
+        ConfigError: a file under a zoo address that is not the zoo's.
+    """
+    if allow_pickle:
+        return True
+    if not is_zoo_file(name):
+        return False
+    expected = re.search(r"_([0-9a-f]{6})\.pkl$", name)
+    if expected:
+        digest = hashlib.md5(usedforsecurity=False)
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+        found = digest.hexdigest()[:6]
+        if found != expected[1]:
+            raise ConfigError(
+                f"{key}: {path} is not the model zoo's file: its MD5 begins with {found}, that of "
+                f"'{name}' with {expected[1]}; remove it, so that it is downloaded again"
+            )
+    return True
+
+
+def require_pickles(names: Iterable[str], key: str, allow_pickle: bool) -> None:
+    """ConfigError for pickle files, named by the config key ``key``, that may not be read."""
+    for name in names:
+        path = name if "://" not in name else resolve_weights(name, key)
+        if not may_unpickle(name, path, key, allow_pickle):
+            raise ConfigError(
+                f"{key}: '{name}' is a pickle file, reading it runs code from the file; set "
+                "KD.ALLOW_PICKLE True if you trust it"
+            )
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[BinaryIO]:
+    """Binary file for writing that takes the place of ``path`` once it is whole and on the disk."""
+    folder, name = os.path.split(path)
+    partial = os.path.join(folder, f".{name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        raise
+    os.replace(partial, path)
+    handle = os.open(folder or ".", os.O_RDONLY)
+    try:
+        os.fsync(handle)  # the new name as well
+    finally:
+        os.close(handle)
 
 
 def writable_folder(path: str, key: str) -> str:

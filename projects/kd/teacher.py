@@ -20,7 +20,8 @@ from .context import ModelInfo
 from .errors import ConfigError
 from .files import MODEL_ZOO_PREFIX, resolve_config, zoo_weights_url
 from .taps import FeatureTaps, class_names_of, taps_for
-from .weights import load_detector
+from .weight_files import modules_in
+from .weights import load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -186,11 +187,12 @@ def build_teacher(cfg) -> Teacher:
         weights = zoo_weights_url(node.CONFIG_FILE) or weights
     weights = node.WEIGHTS or weights
     if weights:
-        missing = load_detector(model, weights, "KD.TEACHER.WEIGHTS", cfg.KD.ALLOW_PICKLE)
-        if missing and not node.ALLOW_MISSING:
+        loaded = load_weights(model, weights, "KD.TEACHER.WEIGHTS", cfg.KD.ALLOW_PICKLE)
+        if loaded.missing and not node.ALLOW_MISSING:
             raise ConfigError(
-                f"KD.TEACHER.WEIGHTS: '{weights}' lacks {len(missing)} of the teacher's "
-                f"parameters: {', '.join(missing)}"
+                f"KD.TEACHER.WEIGHTS: '{weights}' lacks {len(loaded.missing)} of the "
+                f"{len(model.state_dict())} parameters and buffers of the teacher that "
+                f"KD.TEACHER.CONFIG_FILE describes: {modules_in(loaded.missing)}; {loaded}"
             )
     elif not node.ALLOW_MISSING:
         raise ConfigError("KD.TEACHER.WEIGHTS is empty and the teacher's config names no weights")

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import logging
-import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import parse_qs
 
-import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
 from .errors import ConfigError
-from .files import is_zoo_file, resolve_weights
+from .files import may_unpickle, resolve_weights, split_query
+from .weight_files import (
+    choose_state,
+    is_plain_pickle,
+    modules_in,
+    read_pickle,
+    read_torch_file,
+)
 
 logger = logging.getLogger(__name__)
+
+_QUERY = "?matching_heuristics=True"
+_FROM_CONFIG = ("num_batches_tracked", "pixel_mean", "pixel_std")  # never listed as missing
 
 
 class SafeCheckpointer(DetectionCheckpointer):
     """detectron2's checkpointer with ``weights_only`` reading and one-line errors.
 
-    ``.pth`` files are read with ``torch.load(weights_only=True)``. Pickle files run code when they
-    are read: only the model zoo's own names, or any with ``allow_pickle``, are opened.
+    The content decides how a file is read, not its name: torch's archives, safetensors, and (only
+    the model zoo's own, or any with ``allow_pickle``) pickles. The state dict is looked for under
+    the usual names, and a prefix before all of its names is taken away.
 
     Args:
         model: the module whose ``state_dict`` the checkpoint's ``model`` entry fills.
@@ -42,82 +56,156 @@ class SafeCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self.key = key
         self.allow_pickle = allow_pickle
+        self.names: tuple[str, ...] = ()  # of the state dict in the file read last
         self._name = ""
+        self._heuristics = False
 
-    def load(self, path, *args, **kwargs):
-        """As in detectron2; ConfigError for a missing, truncated or forbidden file."""
+    def load(self, path, checkpointables=None):
+        """As in detectron2; ConfigError for a missing, truncated, forbidden or unfit file."""
         self._name = path
-        self._parsed_url_during_load = None  # a load that failed before must not block this one
-        if path:
-            resolve_weights(path.split("?")[0], self.key)
-        return super().load(path, *args, **kwargs)
+        if not path:
+            return Checkpointer.load(self, path, checkpointables)
+        self._name, query = split_query(path)
+        self._heuristics = self._parse(query)
+        return Checkpointer.load(self, resolve_weights(path, self.key), checkpointables)
+
+    def _parse(self, query: str) -> bool:
+        if query and parse_qs(query) != {"matching_heuristics": ["True"]}:
+            raise ConfigError(
+                f"{self.key}: '?{query}' after '{self._name}': only {_QUERY} is known there"
+            )
+        return bool(query)
+
+    def _trusted(self, filename: str) -> bool:
+        return may_unpickle(self._name, filename, self.key, self.allow_pickle)
 
     def _load_file(self, filename):
-        if filename.endswith(".pkl") and not self._trusted():
-            raise ConfigError(
-                f"{self.key}: '{self._name}' is a pickle file, reading it runs code from the "
-                "file; set KD.ALLOW_PICKLE True if you trust it"
-            )
+        content = self._read(filename)
+        content = dict(content) if isinstance(content, Mapping) else content
+        place, state = choose_state(content, self.model.state_dict(), self.key, self._name)
+        if place not in ((), ("model",)):
+            self.logger.info(f"The weights are those under '{'.'.join(place)}' in the file")
+        rest = {k: v for k, v in content.items() if k not in ("model", *place[:1])} if place else {}
+        heuristics = self._heuristics or rest.pop("matching_heuristics", False)
+        return {**rest, "model": state, "matching_heuristics": heuristics}
+
+    def _read(self, filename):
+        if filename.endswith(".pkl") and is_plain_pickle(filename, self.key):
+            if not self._trusted(filename):
+                raise ConfigError(
+                    f"{self.key}: '{self._name}' is a pickle file, reading it runs code from the "
+                    "file; set KD.ALLOW_PICKLE True if you trust it"
+                )
+            content = read_pickle(filename, self.key)
+            if isinstance(content, Mapping) and not (
+                "model" in content and "__author__" in content
+            ):
+                # of Caffe2 or Detectron 1, in which ImageNet models have no "blobs"
+                blobs = content.get("blobs", content)
+                blobs = {k: v for k, v in blobs.items() if not str(k).endswith("_momentum")}
+                content = {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
+            return content
+        content = read_torch_file(filename, self.key, lambda: self._trusted(filename))
+        if filename.endswith(".pyth") and isinstance(content, Mapping):  # of pycls
+            content = {**content, "matching_heuristics": True}
+        return content
+
+    def _load_model(self, checkpoint):
+        state = checkpoint["model"]
+        self.names = tuple(state)
+        if checkpoint.pop("matching_heuristics", False):
+            state = self._align(state, checkpoint.get("__author__") == "Caffe2")
+        own = self.model.state_dict()
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        checkpoint["model"] = {
+            name: self._fit(name, value, own[name], name in parameters) if name in own else value
+            for name, value in state.items()
+        }
+        return super()._load_model(checkpoint)
+
+    def _align(self, state: dict, from_caffe2: bool) -> dict:
+        """detectron2's matching of names by their ends."""
         try:
-            loaded = super()._load_file(filename)
-        except ConfigError:
-            raise
-        except Exception as error:  # unpickling a torn file can raise anything
+            self._convert_ndarray_to_tensor(state)
+            return align_and_update_state_dicts(self.model.state_dict(), state, from_caffe2)
+        except Exception as error:  # it asserts on names and shapes
             raise ConfigError(
-                f"{self.key}: '{self._name}' is truncated or not a checkpoint ({error})"
+                f"{self.key}: the names in '{self._name}' cannot be matched to "
+                f"{type(self.model).__name__}: {error}"
             ) from error
-        state = loaded["model"]
-        arrays = (torch.Tensor, np.ndarray)
-        if not (isinstance(state, dict) and all(isinstance(x, arrays) for x in state.values())):
-            raise ConfigError(
-                f"{self.key}: '{self._name}' holds no state dict (names to arrays) under 'model'"
-            )
-        return loaded
 
-    def _trusted(self) -> bool:
-        return self.allow_pickle or is_zoo_file(self._name)
+    def _fit(self, name: str, value, own: torch.Tensor, is_parameter: bool):
+        """An entry as a tensor that may be copied; ConfigError if it cannot be meant for ``own``.
 
-    def _torch_load(self, filename):
-        return read_torch_file(filename, self.key, self._trusted())
+        Entries of another shape are left to the report of what does not fit.
+        """
+        if not isinstance(value, torch.Tensor):
+            try:
+                value = torch.from_numpy(value)
+            except (TypeError, ValueError) as error:
+                raise self._refuse(name, f"is an array of type {value.dtype}") from error
+        if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+            kind = "quantized" if value.is_quantized else "sparse"
+            raise self._refuse(name, f"is {kind}, convert it to an ordinary tensor")
+        if value.is_meta:
+            raise self._refuse(name, "has no data (it was saved from the meta device)")
+        if value.shape != own.shape:
+            return value
+        floating = value.dtype.is_floating_point
+        if value.dtype.is_complex or (own.dtype.is_floating_point and not floating):
+            raise self._refuse(name, f"is {_dtype(value)}, the model has {_dtype(own)}")
+        converted = value.to(own.dtype)
+        if own.dtype.is_floating_point:
+            # a buffer may hold an infinity (masks of attention), never NaN
+            bad = ~torch.isfinite(converted) if is_parameter else torch.isnan(converted)
+            if bad.any():
+                raise self._refuse(
+                    name,
+                    f"holds {int(bad.sum())} values of {bad.numel()} that are NaN or infinite"
+                    + (f" as {_dtype(own)}" if torch.isfinite(value.double()).all() else "")
+                    + ": the file is of a training that diverged, or damaged",
+                )
+        return converted
+
+    def _refuse(self, name: str, what: str) -> ConfigError:
+        return ConfigError(f"{self.key}: '{self._name}': {name} {what}")
 
 
-def read_torch_file(path: str, key: str, trusted: bool = False):
-    """``torch.load`` onto the CPU with ``weights_only``; full unpickling only when ``trusted``.
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
-    Raises:
-        ConfigError: one line with ``key`` and ``path``: truncated, no checkpoint, or code inside.
+
+@dataclass(frozen=True)
+class Loaded:
+    """What :func:`load_weights` did.
+
+    Attributes:
+        missing: parameters and buffers that the file did not hold, or held in another shape.
+            ``pixel_mean``/``pixel_std`` come from the config and are never listed.
+        names: of the state dict in the file.
     """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        holds_code = "weights_only" in str(error).lower() or "Unsupported" in str(error)
-        if not trusted and holds_code and not _is_torn(path):
-            raise ConfigError(
-                f"{key}: '{path}' holds more than tensors, reading it runs code from the file; "
-                "set KD.ALLOW_PICKLE True if you trust it, or save only its state dict"
-            ) from error
-        if not trusted:
-            raise ConfigError(f"{key}: '{path}' is truncated or not a checkpoint") from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ConfigError(f"{key}: '{path}' is truncated or not a checkpoint") from error
-    try:
-        return torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:
-        raise ConfigError(f"{key}: '{path}' is truncated or not a checkpoint") from error
+
+    missing: list[str]
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"its {len(self.names)} entries are {modules_in(self.names)}"
 
 
-def _is_torn(path: str) -> bool:
-    """A zip file that lost its end (torch saves zip archives)."""
-    import zipfile
+class _Noting(SafeCheckpointer):
+    """Keeps what did not fit."""
 
-    with open(path, "rb") as file:
-        return file.read(2) == b"PK" and not zipfile.is_zipfile(path)
+    missing: tuple[str, ...] = ()
+
+    def _load_model(self, checkpoint):
+        incompatible = super()._load_model(checkpoint)
+        shapes = [name for name, *_ in incompatible.incorrect_shapes]
+        self.missing = (*incompatible.missing_keys, *shapes)
+        return incompatible
 
 
-def load_detector(
-    model: nn.Module, weights: str, key: str, allow_pickle: bool = False
-) -> list[str]:
-    """Fill ``model`` from ``weights`` and list the parameters and buffers that were not in it.
+def load_weights(model: nn.Module, weights: str, key: str, allow_pickle: bool = False) -> Loaded:
+    """Fill ``model`` from ``weights``.
 
     Args:
         model: a detectron2 meta-arch.
@@ -126,21 +214,16 @@ def load_detector(
         allow_pickle: the value of KD.ALLOW_PICKLE.
 
     Returns:
-        Names of parameters and buffers that the file did not hold, or held in another shape.
-        ``pixel_mean``/``pixel_std`` come from the config and are never listed.
+        What was missing, and what the file holds.
     """
-    checkpointer = SafeCheckpointer(model, key=key, allow_pickle=allow_pickle)
-    missing: list[str] = []
-    load_model = checkpointer._load_model
-
-    def load_and_note(checkpoint):
-        incompatible = load_model(checkpoint)
-        if incompatible is not None:
-            missing.extend(incompatible.missing_keys)
-            missing.extend(name for name, *_ in incompatible.incorrect_shapes)
-        return incompatible
-
-    checkpointer._load_model = load_and_note
+    checkpointer = _Noting(model, key=key, allow_pickle=allow_pickle)
     checkpointer.load(weights)
-    counters = ("num_batches_tracked", "pixel_mean", "pixel_std")
-    return sorted({name for name in missing if not name.endswith(counters)})
+    missing = {name for name in checkpointer.missing if not name.endswith(_FROM_CONFIG)}
+    return Loaded(sorted(missing), checkpointer.names)
+
+
+def load_detector(
+    model: nn.Module, weights: str, key: str, allow_pickle: bool = False
+) -> list[str]:
+    """:func:`load_weights`, of which only the names that were missing are wanted."""
+    return load_weights(model, weights, key, allow_pickle).missing

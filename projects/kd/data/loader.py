@@ -25,7 +25,9 @@ from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from ..engine.stopping import serve_on
 from ..errors import ConfigError, DataError
+from ..files import require_pickles
 from ..seeding import IMAGE, seed_generators
 from .mapper import build_train_mapper
 
@@ -78,6 +80,7 @@ def build_train_loader(
             batch_sampler=batches,
             num_workers=cfg.DATALOADER.NUM_WORKERS,
             collate_fn=list,
+            worker_init_fn=serve_on,
             pin_memory=torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu",
         )
     )
@@ -194,6 +197,8 @@ def load_dataset_dicts(cfg: CfgNode, names: Sequence[str]):
     """Training images of registered data sets, filtered as the config says."""
     proposals = None
     if cfg.MODEL.LOAD_PROPOSALS:
+        allowed = cfg.KD.ALLOW_PICKLE
+        require_pickles(cfg.DATASETS.PROPOSAL_FILES_TRAIN, "DATASETS.PROPOSAL_FILES_TRAIN", allowed)
         files = dict(zip(cfg.DATASETS.TRAIN, cfg.DATASETS.PROPOSAL_FILES_TRAIN, strict=True))
         proposals = [files[name] for name in names]
     return get_detection_dataset_dicts(

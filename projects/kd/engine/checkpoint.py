@@ -7,7 +7,6 @@ dict of the imitation heads, when distilling), ``trainer`` (optimizers, schedule
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import os
 import re
@@ -16,7 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UserError, disk_fault
+from ..files import replacing
+from ..weight_files import modules_in
 from ..weights import SafeCheckpointer
 
 _NAMES = re.compile(r"model_(\d{7}|final)\.pth")  # files that training writes
@@ -51,6 +52,7 @@ class DistillCheckpointer(SafeCheckpointer):
         self.allow_missing_distill = allow_missing_distill
         self.use_ema = use_ema
         self._resuming = False
+        self.last_saved = -1  # the iteration of the last checkpoint written by this process
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``name``.pth in ``save_dir`` and point ``last_checkpoint`` to it.
@@ -69,18 +71,24 @@ class DistillCheckpointer(SafeCheckpointer):
         basename = f"{name}.pth"
         path = os.path.join(self.save_dir, basename)
         self.logger.info(f"Saving checkpoint to {path}")
-        for leftover in glob.glob(os.path.join(glob.escape(self.save_dir), ".*.pth.partial")):
-            os.remove(leftover)  # of a run that was killed while it saved
         try:
-            with _replacing(path) as file:
+            os.makedirs(self.save_dir, exist_ok=True)
+            for leftover in glob.glob(os.path.join(glob.escape(self.save_dir), ".*.pth.partial")):
+                os.remove(leftover)  # of a run that was killed while it saved
+            with replacing(path) as file:
                 torch.save(data, file)
+            self.tag_last_checkpoint(basename)
         except (OSError, RuntimeError) as error:
-            raise ConfigError(f"OUTPUT_DIR: cannot write checkpoint {path}: {error}") from error
-        self.tag_last_checkpoint(basename)
+            good = self.last_good()
+            raise ConfigError(
+                f"OUTPUT_DIR: cannot write checkpoint {path}: {disk_fault(error) or error}; "
+                + (f"{good} is whole, go on from it with --resume" if good else "there is none yet")
+            ) from error
+        self.last_saved = kwargs.get("iteration", -1)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Point ``last_checkpoint`` to a file, atomically."""
-        with _replacing(os.path.join(self.save_dir, "last_checkpoint")) as file:
+        with replacing(os.path.join(self.save_dir, "last_checkpoint")) as file:
             file.write(last_filename_basename.encode())
 
     def last_good(self) -> str:
@@ -91,12 +99,15 @@ class DistillCheckpointer(SafeCheckpointer):
         """The file that ``--resume`` continues from, "" if ``save_dir`` holds none.
 
         Raises:
-            ConfigError: ``last_checkpoint`` names a file that is missing or truncated.
+            ConfigError: ``last_checkpoint`` is garbled, or names a file that is missing or
+                truncated.
         """
-        if not self.has_checkpoint():  # killed between the first checkpoint and its pointer, or new
+        pointer = os.path.join(self.save_dir, "last_checkpoint")
+        if not os.path.lexists(pointer):  # killed between the first checkpoint and it, or new
             return self.last_good()
-        path = self.get_checkpoint_file()
-        if is_readable(path):
+        name = _read_pointer(pointer)
+        path = os.path.join(self.save_dir, name) if name else ""
+        if path and is_readable(path):
             return path
         usable = self.last_good()
         hint = (
@@ -104,10 +115,8 @@ class DistillCheckpointer(SafeCheckpointer):
             if usable
             else "no other usable checkpoint is there, start again in another OUTPUT_DIR"
         )
-        raise ConfigError(
-            f"{os.path.join(self.save_dir, 'last_checkpoint')} names {path}, which is missing or "
-            f"truncated; {hint}"
-        )
+        what = f"names {path}, which is missing or truncated" if path else "names no file"
+        raise ConfigError(f"--resume: {pointer} {what}; {hint}")
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
         """Continue from the last checkpoint if ``resume`` and there is one, else load weights.
@@ -124,11 +133,24 @@ class DistillCheckpointer(SafeCheckpointer):
         """
         file = self.resume_file() if resume else ""
         if not file:
+            if resume:
+                start = f"the weights {path}" if path else "random weights"
+                self.logger.warning(
+                    f"--resume: {self.save_dir} holds no checkpoint, this starts anew from {start}"
+                )
             self.load(path, checkpointables=[])
             return {}
         key, self.key, self._resuming = self.key, "--resume", True
         try:
             return self.load(file)
+        except UserError:
+            raise
+        except Exception as error:  # an entry that this version does not write so
+            raise ConfigError(
+                f"--resume: '{file}' cannot be continued, its entries are not those that this "
+                f"version writes ({type(error).__name__}: {error}); give it as MODEL.WEIGHTS "
+                "without --resume to start a new run from its weights"
+            ) from error
         finally:
             self.key, self._resuming = key, False
 
@@ -137,10 +159,6 @@ class DistillCheckpointer(SafeCheckpointer):
         paths = glob.glob(os.path.join(glob.escape(self.save_dir), "model_*.pth"))
         paths = [p for p in paths if _NAMES.fullmatch(os.path.basename(p)) and is_readable(p)]
         return sorted(paths, key=os.path.getmtime, reverse=True)
-
-    def load(self, path, checkpointables=None):
-        """As in detectron2; see :meth:`resume_or_load` for the errors."""
-        return super().load(path, checkpointables)
 
     def _load_model(self, checkpoint):
         if self._resuming:
@@ -159,6 +177,12 @@ class DistillCheckpointer(SafeCheckpointer):
     def _check_complete(self, checkpoint: dict) -> None:
         for key in self.checkpointables:
             if key in checkpoint:
+                continue
+            if key == "ema":
+                self.logger.warning(
+                    f"--resume: {self._name} has no averaged weights (SOLVER.EMA was off); the "
+                    "average starts at its weights"
+                )
                 continue
             if key == "distill" and self.allow_missing_distill:
                 self.logger.warning(
@@ -186,8 +210,8 @@ class DistillCheckpointer(SafeCheckpointer):
             raise ConfigError(
                 f"{self.key}: '{self._name}' is of another architecture than "
                 f"{type(self.model).__name__} as MODEL describes it: {max(matched, 0)} of its "
-                f"{total} entries fit (bare backbone weights need "
-                f"'?matching_heuristics=True' after the file name)"
+                f"{total} entries fit, which are {modules_in(self.names)} (bare backbone weights "
+                f"need '?matching_heuristics=True' after the file name)"
             )
 
 
@@ -215,6 +239,16 @@ class Heads:
             ) from error
 
 
+def _read_pointer(path: str) -> str:
+    """The file name in ``last_checkpoint``; "" if that holds anything else."""
+    try:
+        with open(path, "rb") as file:
+            name = file.read(1024).decode().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return name if name and os.path.basename(name) == name and name.isprintable() else ""
+
+
 def is_readable(path: str) -> bool:
     """Whether a checkpoint file is complete; reads its directory and not the tensors' data."""
     try:
@@ -228,25 +262,3 @@ def output_checkpoint(folder: str) -> str:
     """Name of a checkpoint that training left in a folder, "" if there is none."""
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     return next((name for name in names if _NAMES.fullmatch(name)), "")
-
-
-@contextlib.contextmanager
-def _replacing(path: str):
-    """Binary file for writing that takes the place of ``path`` once it is whole."""
-    folder, name = os.path.split(path)
-    partial = os.path.join(folder, f".{name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(partial)
-        raise
-    os.replace(partial, path)
-    handle = os.open(folder or ".", os.O_RDONLY)
-    try:
-        os.fsync(handle)  # the new name as well
-    finally:
-        os.close(handle)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from detectron2.engine import HookBase, hooks
+from detectron2.utils.events import EventWriter
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, disk_fault
 
 
 class AuxLRScheduler(HookBase):
@@ -169,9 +170,27 @@ def _split(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), attribute
 
 
+class PeriodicWriter(hooks.PeriodicWriter):
+    """detectron2's, with writers that are made when the first iteration is known.
+
+    Args:
+        make_writers: gives the writers.
+        period: iterations between two writes.
+    """
+
+    def __init__(self, make_writers: Callable[[], list[EventWriter]], period: int = 20):
+        super().__init__([], period)
+        self._make_writers = make_writers
+
+    def before_train(self) -> None:
+        """Make the writers."""
+        self._writers = self._make_writers()
+
+
 class QuietUserErrors(logging.Filter):
     """Drops detectron2's traceback of errors that the script prints as one line anyway."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """False for a record that carries a :class:`UserError`."""
-        return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+        """False for a record that carries a :class:`UserError`, or a fault of the disk."""
+        error = record.exc_info[1] if record.exc_info else None
+        return not (isinstance(error, UserError) or disk_fault(error))

@@ -20,7 +20,8 @@ from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import ProcessException
 
 from ..arguments import fail
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, Stopped, UserError, disk_fault
+from .stopping import NOT_TRAINING, passed_on, stop_at_once
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -46,6 +47,7 @@ def launch_training(main: Callable[[argparse.Namespace], object], args: argparse
 
     Raises:
         ConfigError: flags or environment that cannot work.
+        Stopped: a signal has ended the run.
         UserError: what a started process raised.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -61,30 +63,46 @@ def launch_training(main: Callable[[argparse.Namespace], object], args: argparse
     if not 0 <= args.machine_rank < args.num_machines:
         raise ConfigError(f"--machine-rank {args.machine_rank}: --num-machines is too small")
     if args.num_gpus * args.num_machines == 1:
-        main(args)
+        with stop_at_once():
+            main(args)
         return
-    errors = get_context("spawn").SimpleQueue()
-    try:
-        launch_processes(
-            _run_spawned,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(main, args, errors),
-        )
-    except ProcessException:
-        if errors.empty():
-            raise
-        raise UserError(errors.get()) from None
+    ends = get_context("spawn").SimpleQueue()
+    with passed_on() as received:
+        try:
+            launch_processes(
+                _run_spawned,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(main, args, ends),
+            )
+        except ProcessException:
+            if received():  # before training began
+                raise Stopped(received(), NOT_TRAINING) from None
+            if ends.empty():
+                raise
+            raise UserError(ends.get()) from None
+        if not ends.empty():
+            raise Stopped(ends.get(), "see above", told=True)
 
 
-def _run_spawned(main, args, errors) -> None:
+def _run_spawned(main, args, ends) -> None:
+    """``ends`` takes the line of a user error, or the signal after which all have stopped."""
     _share_cores(args.num_gpus)
     try:
-        main(args)
-    except UserError as error:
-        errors.put(str(error))
+        with stop_at_once():
+            main(args)
+    except Stopped as stop:
+        if not stop.told:  # not training: the other processes may wait for this one
+            os._exit(stop.code)
+        if comm.get_local_rank() == 0:
+            ends.put(stop.signum)
+    except Exception as error:
+        line = str(error) if isinstance(error, UserError) else disk_fault(error)
+        if line is None:
+            raise
+        ends.put(line)
         sys.stdout.flush()
         os._exit(2)  # at once: other processes may wait for this one in a collective
 
@@ -94,7 +112,8 @@ def _run_under_torchrun(main, args) -> None:
     if missing:
         raise ConfigError(f"environment variable {missing[0]} is not set: start with torchrun")
     if int(os.environ["WORLD_SIZE"]) == 1:
-        main(args)
+        with stop_at_once():
+            main(args)
         return
     gpu = torch.cuda.is_available()
     if gpu:
@@ -102,7 +121,8 @@ def _run_under_torchrun(main, args) -> None:
     dist.init_process_group("nccl" if gpu else "gloo", timeout=DEFAULT_TIMEOUT)
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     comm.synchronize()
-    main(args)
+    with stop_at_once():
+        main(args)
     dist.destroy_process_group()
 
 

@@ -18,6 +18,7 @@ from torch.nn.utils import get_total_norm
 from ..errors import ConfigError, TrainingError
 from ..seeding import STEP, seed_generators
 from .optim import GradientClip
+from .resume import load_optimizer
 
 WRITER_WINDOW = 20  # iterations over which detectron2's writers take the median of a scalar
 
@@ -46,6 +47,8 @@ class TrainLoop(SimpleTrainer):
             weight decay and momentum move parameters too).
         gather_period: iterations between two transfers of the losses to the event storage.
         seed: see :mod:`projects.kd.seeding`.
+        stop_requested: gives the signal that asks this process to stop, 0 for none. After the step
+            in which any process has one, ``stopping`` holds it on all of them.
         last_checkpoint: gives the file to go back to, for the error message.
     """
 
@@ -61,6 +64,7 @@ class TrainLoop(SimpleTrainer):
         active: Mapping[str, Callable[[int], bool]] | None = None,
         gather_period: int = 20,
         seed: int = 0,
+        stop_requested: Callable[[], int] = lambda: 0,
         last_checkpoint: Callable[[], str] = lambda: "",
     ):
         main = next(iter(optimizers.values()))
@@ -71,6 +75,8 @@ class TrainLoop(SimpleTrainer):
         self.clips = dict(clips or {})
         self.active = dict(active or {})
         self.seed = seed
+        self.stop_requested = stop_requested
+        self.stopping = 0
         self.last_checkpoint = last_checkpoint
         self.max_iter = math.inf
         self.device = next(model.parameters()).device
@@ -158,9 +164,13 @@ class TrainLoop(SimpleTrainer):
         values = list(losses.values())
         if not self.scaler.is_enabled():
             values += [norm.to(self.device, torch.float64) for norm in norms.values()]
-        finite = torch.isfinite(torch.stack(values)).all().to(torch.uint8)
+        finite = torch.isfinite(torch.stack(values)).all()
+        received = self.stop_requested()
         if comm.get_world_size() > 1:  # all ranks stop together
-            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+            votes = torch.stack([finite.int(), torch.full_like(finite, -received, dtype=torch.int)])
+            torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN)
+            finite, received = votes[0], -int(votes[1])
+        self.stopping = self.stopping or received
         if finite.item():
             return
         mine = {name: value.item() for name, value in losses.items()}
@@ -252,17 +262,7 @@ class TrainLoop(SimpleTrainer):
                 "weights give the file as MODEL.WEIGHTS without --resume"
             )
         for name, optimizer in self.optimizers.items():
-            old_groups = saved[name]["param_groups"]
-            for group, old in zip(optimizer.param_groups, old_groups, strict=False):
-                old.update({key: group[key] for key in ("foreach", "fused") if key in group})
-            try:
-                optimizer.load_state_dict(saved[name])
-            except (ValueError, KeyError) as error:
-                raise ConfigError(
-                    f"--resume: the parameter groups of optimizer '{name}' differ from the "
-                    f"checkpoint's ({error}); SOLVER, KD or the model has changed. To start a new "
-                    "run from these weights give the file as MODEL.WEIGHTS without --resume"
-                ) from error
+            load_optimizer(name, optimizer, saved[name])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self._to_replay = state["recent"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import weakref
+from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode
@@ -18,13 +20,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data.loader import build_train_loader
 from ..distiller import build_training_model, student_of
-from ..errors import ConfigError
+from ..errors import ConfigError, Stopped
+from ..files import replacing
 from ..inherit import inherit
+from . import stopping
 from .checkpoint import DistillCheckpointer, Heads
 from .hooks import (
     AuxLRScheduler,
     EMAHook,
     ModelEMA,
+    PeriodicWriter,
     PreciseBN,
     QuietUserErrors,
     running_floats,
@@ -32,6 +37,16 @@ from .hooks import (
 )
 from .loop import TrainLoop
 from .optim import MAIN, build_optimizations
+from .resume import (
+    changed_keys,
+    config_text,
+    keep_old_values,
+    listing,
+    place_schedules,
+    split_changes,
+)
+from .setup import make_output_folder
+from .writers import build_writers
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +75,8 @@ class DistillTrainer(DefaultTrainer):
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
-        self.failed = False  # an iteration raised; detectron2 still runs hooks' after_train
+        # an iteration raised, or a signal came; detectron2 still runs the hooks' after_train
+        self.failed = False
 
         training_model = self.build_model(cfg)
         self.student = student_of(training_model)
@@ -91,6 +107,7 @@ class DistillTrainer(DefaultTrainer):
             active={n: o.active for n, o in self.optimizations.items() if o.active is not None},
             gather_period=cfg.SOLVER.GATHER_METRIC_PERIOD,
             seed=self.seed,
+            stop_requested=stopping.requested,
             last_checkpoint=self.checkpointer.last_good,
         )
         self.register_hooks(self.build_hooks())
@@ -123,8 +140,25 @@ class DistillTrainer(DefaultTrainer):
         rest = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if "iteration" in rest:
             self.start_iter = rest["iteration"] + 1
+            if self.start_iter >= self.max_iter:
+                logger.warning(
+                    f"--resume: {self.start_iter} iterations are done, SOLVER.MAX_ITER is "
+                    f"{self.max_iter}: nothing is left to train"
+                )
         elif self.cfg.KD.INIT_FROM_TEACHER:
             inherit(self.student, self._unwrapped.teacher.model, self.cfg.KD.INIT_FROM_TEACHER)
+
+    def write_config(self) -> None:
+        """Put the config of this run into OUTPUT_DIR, once it is known that it is used."""
+        if comm.is_main_process():
+            path = os.path.join(self.cfg.OUTPUT_DIR, "config.yaml")
+            with replacing(path) as file:
+                file.write(self.cfg.dump().encode())
+            logger.info(f"Full config saved to {path}")
+
+    def build_writers(self) -> list:
+        """Console, metrics.json and event files, from the iteration that is the first."""
+        return build_writers(self.cfg.OUTPUT_DIR, self.start_iter, self.max_iter)
 
     def build_hooks(self) -> list:
         """detectron2's hooks, on all ranks, with the other learning rates and the average."""
@@ -138,10 +172,10 @@ class DistillTrainer(DefaultTrainer):
             EMAHook(self.ema) if self.ema is not None else None,
             # on every rank, because what a checkpoint holds is gathered from all
             hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
-            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._test_and_keep),
+            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, lambda: self.unless_stopped(self._test_and_keep)),
         ]
         if comm.is_main_process():
-            result.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+            result.append(PeriodicWriter(self.build_writers, period=20))
         return [hook for hook in result if hook is not None]
 
     def _precise_bn(self):
@@ -156,22 +190,39 @@ class DistillTrainer(DefaultTrainer):
         return PreciseBN(cfg.TEST.EVAL_PERIOD, self.student, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
 
     def _test_and_keep(self):
-        if self.failed:  # in the very last iteration, after which detectron2 evaluates
-            return {}
         averaged = self.ema is not None and self.cfg.SOLVER.EMA.EVAL_ONLY
         with self.ema.applied() if averaged else contextlib.nullcontext():
             self._last_eval_results = self.test(self.cfg, self.student)
         return self._last_eval_results
 
+    def unless_stopped(self, evaluate: Callable[[], dict]) -> dict:
+        """The results of an evaluation; {} after a failed iteration or a signal to stop."""
+        if self.failed or self._trainer.stopping:
+            return {}
+        try:
+            return evaluate()
+        except stopping.EvaluationStopped:
+            self._trainer.stopping = stopping.requested()
+            return {}
+
     def train(self):
-        """Run from ``start_iter`` to MAX_ITER; returns the last evaluation's results, if any."""
+        """Run from ``start_iter`` to MAX_ITER; returns the last evaluation's results, if any.
+
+        Raises:
+            Stopped: after SIGINT, SIGTERM or SIGUSR1, when the step is finished and a checkpoint
+                is written.
+        """
         self._trainer.seed = self.seed
         self._trainer.max_iter = self.max_iter
         if self._trainer.data_loader is None:
             self._trainer.data_loader = self.build_train_loader(
                 self.cfg, self.start_iter, self.seed
             )
-        super().train()
+        make_output_folder(self.cfg.OUTPUT_DIR)
+        with stopping.stop_after_step():
+            super().train()
+            if self._trainer.stopping:  # in the evaluation at the end
+                self._raise_stopped()
         return getattr(self, "_last_eval_results", None)
 
     def run_step(self) -> None:
@@ -182,23 +233,75 @@ class DistillTrainer(DefaultTrainer):
             self.failed = True
             raise
 
+    def after_step(self) -> None:
+        """Hooks, and the end of the run where a signal asks for it."""
+        super().after_step()
+        if self._trainer.stopping:
+            if self.checkpointer.last_saved != self.iter:
+                self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+            self.failed = True  # no evaluation at the end
+            self._raise_stopped()
+
+    def after_train(self) -> None:
+        """Hooks; a run with nothing left to train is where it was."""
+        self.iter = min(self.iter, max(self.max_iter, self.start_iter))
+        super().after_train()
+
+    def _raise_stopped(self) -> None:
+        comm.synchronize()  # what the main process has written is there for all
+        iteration = self.checkpointer.last_saved
+        done = (
+            f"{iteration + 1} iterations are in {self.checkpointer.get_checkpoint_file()}"
+            if iteration >= 0
+            else "no iteration was added"
+        )
+        stop = Stopped(
+            self._trainer.stopping,
+            f"{done}; to go on: {stopping.command_to_resume()}",
+            told=True,
+        )
+        logger.warning(stop.line)
+        raise stop
+
     def state_dict(self) -> dict:
         """All but the weights; every rank must call it together."""
         state = super().state_dict()
+        state["config"] = config_text(self.cfg)
         state["seed"] = self.seed
         state["running"] = comm.all_gather(running_floats(self._unwrapped, self._constants))
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        """Inverse of :meth:`state_dict`."""
-        super().load_state_dict(state)
+        """Inverse of :meth:`state_dict`, but what the config says now is used, and named."""
+        if "config" not in state:
+            logger.warning(
+                "--resume: the checkpoint is of an older version that kept no config: what has "
+                "changed since then takes effect without being named"
+            )
+        changes = changed_keys(state["config"], self.cfg) if "config" in state else {}
+        used, idle = split_changes(changes)
+        schedulers = [item.scheduler for item in self.optimizations.values()]
+        settings = [dict(vars(scheduler)) for scheduler in schedulers]
+        try:
+            super().load_state_dict(state)
+        except ConfigError as error:
+            if not used:
+                raise
+            raise ConfigError(f"{error}; changed since then: {listing(used)}") from error
+        place_schedules(schedulers, settings)
+        if used:
+            logger.warning(
+                f"--resume: from iteration {state['iteration'] + 1} on other values than before, "
+                f"so the run does not continue exactly: {listing(used)}"
+            )
+        if idle:
+            logger.warning(
+                "--resume: without effect, since the checkpoint's weights and seed are used: "
+                f"{listing(idle)}"
+            )
+            keep_old_values(self.cfg, idle)
         if self.cfg.SEED < 0:
             self.seed = state["seed"]
-        elif self.seed != state["seed"]:
-            logger.warning(
-                f"SEED {self.seed} is not the checkpoint's {state['seed']}: the resumed run sees "
-                "other data than the interrupted one would have"
-            )
         running = state["running"]
         if len(running) != comm.get_world_size():
             logger.warning(

@@ -16,7 +16,7 @@ import torch
 
 from ..errors import ConfigError
 from ..files import resolve_weights
-from ..weights import read_torch_file
+from ..weight_files import read_torch_file
 from .resnet_names import detectron2_name
 
 # COCO has category ids up to 90, these are not used
@@ -236,13 +236,6 @@ def read_weights(path: str, key: str = "weights") -> dict[str, torch.Tensor]:
     The authors' files also hold an ``argparse.Namespace``, which is allowed.
     """
     path = resolve_weights(path, key)
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except Exception as error:  # a truncated header can raise anything
-            raise ConfigError(f"{key}: '{path}' is truncated or no safetensors file") from error
     with torch.serialization.safe_globals([argparse.Namespace]):
         loaded = read_torch_file(path, key)
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else None

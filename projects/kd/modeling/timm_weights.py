@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..files import resolve_weights
-from ..weights import read_torch_file
+from ..weight_files import read_torch_file
 
 KEY = "MODEL.TIMM.WEIGHTS"
 # Where timm's models keep what lies behind the last feature map.
@@ -91,14 +91,6 @@ def _read(path: str) -> dict[str, torch.Tensor]:
         local = resolve_weights(path, KEY)
     except ConfigError as error:
         raise FileNotFoundError(str(error)) from error
-    if local.endswith(".safetensors"):
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(local)
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{KEY}: '{path}' is not a safetensors file ({error})") from error
     saved = read_torch_file(local, KEY)
     for key in ("state_dict", "model"):
         if isinstance(saved, Mapping) and isinstance(saved.get(key), Mapping):
