@@ -231,8 +231,8 @@ def writable_folder(path: str, key: str) -> str:
         raise ConfigError(f"{start}is empty: name a folder to write to")
     try:
         os.makedirs(path, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(4096))  # a full disk takes empty files
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{start}'{path}': the folder cannot be written: {reason}") from error

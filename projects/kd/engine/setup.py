@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 
 import torch
 from detectron2.config import CfgNode
@@ -12,8 +11,7 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 
-from ..errors import ConfigError, disk_fault
-from ..files import replacing
+from ..files import writable_folder
 from .writers import start_logs
 
 logger = logging.getLogger(__name__)
@@ -29,7 +27,7 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     Raises:
         ConfigError: OUTPUT_DIR cannot be written.
     """
-    make_output_folder(cfg.OUTPUT_DIR)
+    writable_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")
     rank = comm.get_rank()
     start_logs(cfg.OUTPUT_DIR, rank)
     logger.info(f"Rank of current process: {rank}. World size: {comm.get_world_size()}")
@@ -39,20 +37,3 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         logger.info(f"Running with full config:\n{cfg.dump()}")
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
-
-
-def make_output_folder(folder: str) -> None:
-    """Make OUTPUT_DIR, and try whether a file can be written there."""
-    if not folder:
-        raise ConfigError("OUTPUT_DIR is empty: name a folder")
-    try:
-        os.makedirs(folder, exist_ok=True)
-        if comm.is_main_process():
-            probe = os.path.join(folder, ".probe")
-            with replacing(probe) as file:
-                file.write(b"1" * 4096)  # a full disk takes empty files
-            os.remove(probe)
-    except OSError as error:
-        raise ConfigError(
-            f"OUTPUT_DIR: '{folder}' cannot be written: {disk_fault(error) or error.strerror}"
-        ) from error

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data.loader import build_train_loader
 from ..distiller import build_training_model, student_of
 from ..errors import ConfigError, Stopped
-from ..files import replacing
+from ..files import replacing, writable_folder
 from ..inherit import inherit
 from . import stopping
 from .checkpoint import DistillCheckpointer, Heads
@@ -45,7 +45,6 @@ from .resume import (
     place_schedules,
     split_changes,
 )
-from .setup import make_output_folder
 from .writers import build_writers
 
 logger = logging.getLogger(__name__)
@@ -218,7 +217,7 @@ class DistillTrainer(DefaultTrainer):
             self._trainer.data_loader = self.build_train_loader(
                 self.cfg, self.start_iter, self.seed
             )
-        make_output_folder(self.cfg.OUTPUT_DIR)
+        writable_folder(self.cfg.OUTPUT_DIR, "OUTPUT_DIR")
         with stopping.stop_after_step():
             super().train()
             if self._trainer.stopping:  # in the evaluation at the end
