@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from projects.kd.heads.sdf import MaskedGroupNorm, ScaleDecoupler
+from projects.kd.heads.sdf_decoupler import MaskedGroupNorm, ScaleDecoupler
 
 
 def conv3x3_loop(x, weight, rate, inside):

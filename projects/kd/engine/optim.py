@@ -139,7 +139,8 @@ def main_groups(cfg: CfgNode, model: nn.ModuleDict, excluded: set) -> list[dict]
 
     detectron2's rules for norm layers (SOLVER.WEIGHT_DECAY_NORM) and biases (BIAS_LR_FACTOR,
     WEIGHT_DECAY_BIAS); SOLVER.BACKBONE_MULTIPLIER for parameters of ``student.backbone``;
-    KD.ADAPTER.LR_FACTOR for those below a module of a head whose name starts with ``adapter``.
+    KD.ADAPTER.LR_FACTOR for those below a module of a head whose name starts with ``adapter``; the
+    factors that a head declares for its modules (:attr:`ImitationHead.lr_factors`).
 
     Args:
         model: ``student`` and ``heads``.
@@ -150,9 +151,15 @@ def main_groups(cfg: CfgNode, model: nn.ModuleDict, excluded: set) -> list[dict]
         value = cfg.SOLVER.BIAS_LR_FACTOR if name.endswith(".bias") else 1.0
         if name.startswith("student.backbone."):
             return value * cfg.SOLVER.BACKBONE_MULTIPLIER
-        modules = name.split(".")[:-1]
-        if modules[0] == "heads" and any(part.startswith("adapter") for part in modules):
-            return value * cfg.KD.ADAPTER.LR_FACTOR
+        side, *modules = name.split(".")[:-1]
+        if side != "heads":
+            return value
+        if any(part.startswith("adapter") for part in modules):
+            value *= cfg.KD.ADAPTER.LR_FACTOR
+        head, inner = modules[0], ".".join(modules[1:]) + "."
+        for path, own in getattr(model["heads"][head], "lr_factors", {}).items():
+            if inner.startswith(f"{path}."):
+                value *= own
         return value
 
     groups = get_default_optimizer_params(

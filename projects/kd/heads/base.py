@@ -37,6 +37,10 @@ class ImitationHead(nn.Module):
         levels: student levels to distil, finest first.
         weight: factor of the head's ``loss_kd_*``.
         mask_padding: leave cells in a batch's padding out of the loss.
+
+    Attributes:
+        lr_factors: name of a submodule to the factor of SOLVER.BASE_LR for its parameters, which
+            comes on top of KD.ADAPTER.LR_FACTOR.
     """
 
     requires: frozenset[str] = frozenset({"features"})
@@ -50,6 +54,7 @@ class ImitationHead(nn.Module):
         self.levels = tuple(levels)
         self.weight = float(weight)
         self.mask_padding = bool(mask_padding)
+        self.lr_factors: dict[str, float] = {}
 
     @classmethod
     def from_config(cls, cfg, student: ModelInfo, teacher: ModelInfo) -> dict:

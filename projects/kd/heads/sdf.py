@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from detectron2.utils import comm
 from torch import nn
@@ -17,10 +16,12 @@ from ..config import head_node, register_config
 from ..context import DistillContext, ModelInfo
 from ..errors import ConfigError, require_one_of
 from ..functional.mimic import mimic_loss
-from ..functional.sdf import embed, group_norm, spread
+from ..functional.sdf import spread
 from ..taps import tapped_module
 from .average import MovingAverage
 from .base import IMITATION_HEAD_REGISTRY, ImitationHead
+from .sdf_decoupler import ScaleDecoupler
+from .sdf_share import ModuleShare
 
 logger = logging.getLogger(__name__)
 
@@ -53,76 +54,12 @@ def add_sdf_config(cfg) -> None:
     node.TEACHER_SDF = "ema"
     # What "ema" keeps of itself in an optimizer step; 0.995 for schedules of a few thousand.
     node.EMA_DECAY = 0.999
-
-
-class MaskedGroupNorm(nn.GroupNorm):
-    """GroupNorm of up to 32 groups of at least four channels, over the cells inside a mask."""
-
-    def __init__(self, channels: int):
-        groups = (g for g in (32, 16, 8, 4, 2) if channels % g == 0 and channels // g >= 4)
-        super().__init__(next(groups, 1), channels)
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """See :func:`~projects.kd.functional.sdf.group_norm`."""
-        return group_norm(x, self.num_groups, self.weight, self.bias, mask)
-
-
-class ScaleDecoupler(nn.Module):
-    """One residual bottleneck, seen at several dilations with the same weights.
-
-    ``E(u) = concat_r LN(phi_r(relu(u + g_r(u))))`` with g_r = 1x1, 3x3 of dilation r, 1x1, each
-    followed by a norm, the first two by a ReLU as well. Dilations, sharing and concatenation as a
-    public summary of the paper has them; widths, norm and the form of phi are ours.
-
-    Args:
-        channels: C of the input.
-        width: channels inside of the bottleneck.
-        embed_dim: D of each branch's projection phi_r, which is not shared.
-        dilations: r.
-        normalise: False leaves LN out.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        width: int,
-        embed_dim: int,
-        dilations: Sequence[int] = (1, 2, 3),
-        normalise: bool = True,
-    ):
-        super().__init__()
-        self.dilations = tuple(dilations)
-        self.normalise = normalise
-        self.reduce = nn.Conv2d(channels, width, 1, bias=False)
-        self.reduce_norm = MaskedGroupNorm(width)
-        self.middle = nn.Conv2d(width, width, 3, bias=False)
-        self.middle_norm = MaskedGroupNorm(width)
-        self.expand = nn.Conv2d(width, channels, 1, bias=False)
-        self.expand_norm = MaskedGroupNorm(channels)
-        self.project = nn.ModuleList(
-            nn.Linear(channels, embed_dim, bias=False) for _ in self.dilations
-        )
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed the cells of a map.
-
-        Args:
-            x: (N, C, H, W), finite outside of the mask too.
-            mask: (N, 1, H, W) bool; cells outside are no neighbours and count in no norm, and what
-                the result holds there means nothing. None = all cells.
-
-        Returns:
-            (N, R * D, H, W).
-        """
-        reduced = F.relu(self.reduce_norm(self.reduce(x), mask))  # the same for all branches
-        if mask is not None:
-            reduced = reduced * mask
-        branches = []
-        for rate in self.dilations:
-            inner = F.conv2d(reduced, self.middle.weight, padding=rate, dilation=rate)
-            inner = F.relu(self.middle_norm(inner, mask))
-            branches.append(F.relu(x + self.expand_norm(self.expand(inner), mask)))
-        return embed(branches, [phi.weight for phi in self.project], self.normalise)
+    # Multiplier of SOLVER.BASE_LR for the decouplers (the student's adapter: KD.ADAPTER.LR_FACTOR).
+    # Decouplers that learn as fast as the student make the loss small by themselves.
+    node.LR_FACTOR = 1.0
+    # True: the student's features enter detached, so that only adapter and decouplers learn. The
+    # control: a loss that falls as far as this teaches the student nothing.
+    node.DETACH = False
 
 
 @IMITATION_HEAD_REGISTRY.register()
@@ -136,8 +73,11 @@ class SDF(ImitationHead):
     The paper does not say who trains E'. With a gradient on both sides the loss falls to 0 because
     both embeddings become constant (measured: their spread over cells falls to a tenth), so here E'
     has none: by default it is the moving average of E, taken once an iteration before E is used.
-    ``kd/sdf_target_std`` logs the spread of E'; one warning says when it is lost. A small loss by
-    itself is no success.
+    ``kd/sdf_target_std`` logs the spread of E'; one warning says when it is lost.
+
+    A small loss by itself is no success: A and E can make it small without the student.
+    ``kd/sdf_module_share`` logs their share of its fall (:class:`ModuleShare`), and a warning says
+    when they have done it nearly alone.
 
     Args:
         adapters: student stage to A.
@@ -146,6 +86,8 @@ class SDF(ImitationHead):
         strides: student stage to its stride and the teacher's, each in pixels of its own input.
         teacher_sdf: "ema", "shared" or "frozen".
         ema_decay: in [0, 1).
+        lr_factor: of the decouplers, at least 0.
+        detach: no gradient to the student.
         **base: see :class:`ImitationHead`; ``levels`` are stages of the student's backbone.
     """
 
@@ -160,6 +102,8 @@ class SDF(ImitationHead):
         strides: dict[str, tuple[int, int]],
         teacher_sdf: str = "ema",
         ema_decay: float = 0.999,
+        lr_factor: float = 1.0,
+        detach: bool = False,
         **base,
     ):
         super().__init__(**base)
@@ -169,12 +113,15 @@ class SDF(ImitationHead):
         self.strides = dict(strides)
         self.teacher_sdf = teacher_sdf
         self.average = MovingAverage(ema_decay)
+        self.detach = detach
+        self.lr_factors = {"decouplers": lr_factor}
         # parameters in no optimizer: saved, and made equal on all processes when training starts
         self.targets = None
         if teacher_sdf != "shared":
             self.targets = copy.deepcopy(decouplers).requires_grad_(False)
         # at the first logged step; below 0 = none yet
         self.register_buffer("first_spread", torch.full((), -1.0))
+        self.share = ModuleShare(self._modules_in_use())
         self._warned = False
 
     @classmethod
@@ -203,29 +150,57 @@ class SDF(ImitationHead):
             "strides": {a: (ours[a].stride, theirs[b].stride) for a, b in pairs.items()},
             "teacher_sdf": node.TEACHER_SDF,
             "ema_decay": node.EMA_DECAY,
+            "lr_factor": node.LR_FACTOR,
+            "detach": node.DETACH,
         }
 
     def forward(self, ctx: DistillContext) -> dict[str, torch.Tensor]:
         """``loss_kd_sdf``: weight * mean over stages of the mean squared difference."""
         if self.training and self.teacher_sdf == "ema":
             self.average.update(self.targets, self.decouplers, ctx.iteration)
+        pairs = {stage: self.stage_pair(ctx, stage) for stage in self.levels}
         total, spreads = 0.0, []
-        for stage in self.levels:
-            student, teacher, mask = self.stage_pair(ctx, stage)
+        for stage, (student, teacher, mask) in pairs.items():
             own = self.decouplers[stage](self.adapters[stage](student), mask)
             target = self.embed_teacher(stage, teacher, mask)
             total = total + mimic_loss(own, target, mask)
             if ctx.log_scalars:
                 spreads.append(spread(target.detach(), mask))
+        total = total / len(self.levels)
         if spreads:
             self._watch(ctx, torch.stack(spreads).mean())
-        return {"loss_kd_sdf": self.weight * total / len(self.levels)}
+        if ctx.log_scalars and self.training:
+            self._watch_share(ctx, total.detach(), pairs)
+        return {"loss_kd_sdf": self.weight * total}
 
     @torch.no_grad()
     def embed_teacher(self, stage: str, teacher: torch.Tensor, mask: torch.Tensor | None):
         """E' of a stage's teacher features (N, C, H, W) on the student's grid; no gradient."""
         modules = self.decouplers if self.targets is None else self.targets
         return modules[stage](teacher, mask)
+
+    def _modules_in_use(self) -> dict[str, nn.Module]:
+        modules = {"adapters": self.adapters, "decouplers": self.decouplers}
+        return modules if self.targets is None else {**modules, "targets": self.targets}
+
+    def _watch_share(self, ctx: DistillContext, loss: torch.Tensor, pairs: dict) -> None:
+        def again(modules):
+            theirs = modules["targets" if "targets" in modules else "decouplers"]
+            found = [
+                mimic_loss(
+                    modules["decouplers"][stage](modules["adapters"][stage](student), mask),
+                    theirs[stage](teacher, mask),
+                    mask,
+                )
+                for stage, (student, teacher, mask) in pairs.items()
+            ]
+            return sum(found) / len(found)
+
+        share = self.share.take(self._modules_in_use(), loss, again)
+        if share is not None:
+            ctx.put_scalar("kd/sdf_module_share", share)
+        if not self.detach:
+            self.share.warn(share, loss)
 
     def stage_pair(self, ctx: DistillContext, stage: str):
         """A backbone stage of both sides in fp32 on the student's grid, 0 in the padding.
@@ -235,6 +210,7 @@ class SDF(ImitationHead):
             (N, 1, H, W) mask of valid cells: None without ``mask_padding`` or padding.
         """
         student = ctx.student_outputs["bottom_up"][stage].float()
+        student = student.detach() if self.detach else student
         teacher = ctx.teacher_outputs["bottom_up"][self.teacher_stages[stage]].detach().float()
         mask = theirs = None
         if self.mask_padding:
@@ -273,6 +249,8 @@ def _check_node(node) -> None:
         raise ConfigError(f"KD.SDF.DILATIONS: {node.DILATIONS} is no list of whole numbers from 1")
     if node.EMBED_DIM < 2:
         raise ConfigError(f"KD.SDF.EMBED_DIM is {node.EMBED_DIM}, it must be at least 2")
+    if node.LR_FACTOR < 0:
+        raise ConfigError(f"KD.SDF.LR_FACTOR is {node.LR_FACTOR}, it must not be negative")
     if not 0 <= node.EMA_DECAY < 1:
         raise ConfigError(f"KD.SDF.EMA_DECAY is {node.EMA_DECAY}, it must lie in [0, 1)")
 
