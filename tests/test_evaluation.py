@@ -16,7 +16,7 @@ from detectron2.structures import Boxes as BoxList
 from detectron2.structures import BoxMode, Instances
 from PIL import Image
 
-from projects.kd import evaluation
+from projects.kd import detection_evaluator
 from projects.kd.config import add_kd_config, get_cfg
 from projects.kd.data.register import register_coco_data, register_configured
 from projects.kd.errors import ConfigError, DataError
@@ -149,7 +149,7 @@ class Oracle(torch.nn.Module):
 def test_numbers_at_100_detections_are_stock_detectron2s(tmp_path, fast):
     if fast:
         pytest.importorskip("faster_coco_eval")
-        assert evaluation._faster_is_installed()
+        assert detection_evaluator._faster_is_installed()
     name = f"eval_stock_{fast}"
     found = predictions(make_data(tmp_path, name, 12), noise=3, extra=120)
     sigmas = [0.1, 0.05, 0.07]
@@ -260,7 +260,7 @@ def test_ground_truth_without_keypoints_is_said(tmp_path, caplog):
     make_data(tmp_path, "eval_bare_too", 4, keypoints=False)
     evaluator = build_evaluator(config("eval_bare_too"), "eval_bare_too", str(tmp_path))
     assert set(run(evaluator, found)) == {"bbox", "segm"}
-    assert "not every annotation has keypoints: keypoints is not evaluated" in caplog.text
+    assert "no annotation has keypoints: keypoints is not evaluated" in caplog.text
 
 
 def test_evaluation_uses_the_repaired_boxes(tmp_path):

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import importlib.util
-import io
-import itertools
-import json
 import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 
-import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
@@ -22,20 +15,16 @@ from detectron2.data import (
     build_detection_test_loader,
 )
 from detectron2.evaluation import (
-    COCOEvaluator,
     COCOPanopticEvaluator,
     DatasetEvaluators,
     inference_on_dataset,
     print_csv_format,
 )
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
-from pycocotools.cocoeval import COCOeval
 
-from .data.check import repair_ground_truth
 from .data.image_mapper import ImageMapper
 from .data.mapper import NamedErrors
-from .data.register import is_configured
+from .detection_evaluator import DetectionEvaluator
 from .engine.stopping import AgreeingEvaluator, UntilStopped
 from .errors import ConfigError
 from .files import require_pickles
@@ -45,8 +34,6 @@ from .tiles import TiledDetector
 
 # Keypoint scale for OKS where neither the config nor COCO has one: the mean of COCO's 17. Ours.
 DEFAULT_OKS_SIGMA = 0.067
-# faster-coco-eval gives pycocotools' numbers to 1e-6 (a test holds it to that) in this series.
-FASTER_SERIES = "1.8."
 
 # evaluator types of data sets that have nothing but label maps
 LABEL_MAPS = ("sem_seg", "cityscapes_sem_seg")
@@ -186,137 +173,3 @@ def _detection_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> Detect
         kpt_oks_sigmas=oks_sigmas(cfg, dataset_name),
         expected_tasks=tasks,
     )
-
-
-class DetectionEvaluator(COCOEvaluator):
-    """detectron2's COCOEvaluator, with its numbers at 100 detections an image, and with
-
-    - AP, APs, APm and APl of any limit computed at that limit,
-    - faster-coco-eval in place of pycocotools for boxes and masks where it is installed,
-    - the checked ground truth of KD.DATASETS (the same as in training),
-    - NaN for the expected tasks when nothing was detected at all.
-
-    Args:
-        dataset_name, **options: see COCOEvaluator; tasks are inferred from the predictions.
-        expected_tasks: the tasks reported when there is no prediction to infer them from.
-        use_fast_impl: False: pycocotools even where faster-coco-eval is installed.
-    """
-
-    def __init__(
-        self,
-        dataset_name: str,
-        *,
-        expected_tasks: Sequence[str] = ("bbox",),
-        use_fast_impl: bool = True,
-        **options,
-    ):
-        super().__init__(dataset_name, use_fast_impl=False, **options)
-        limit = self._max_dets_per_image[-1]
-        # COCOeval sorts the three limits, so that none may exceed the one that counts
-        self._max_dets_per_image = [min(1, limit), min(10, limit), limit]
-        self._expected_tasks = list(expected_tasks)
-        self._faster = use_fast_impl and _faster_is_installed()
-        if is_configured(dataset_name):
-            with contextlib.redirect_stdout(io.StringIO()):
-                repair_ground_truth(self._coco_api, self._metadata.json_file)
-
-    def _eval_predictions(self, predictions, img_ids=None):
-        """Fill ``self._results`` with ``{task: metrics}``; overrides COCOEvaluator's."""
-        found = list(itertools.chain.from_iterable(p["instances"] for p in predictions))
-        inferred = self._tasks_from_predictions(found) if found else self._expected_tasks
-        tasks = sorted(self._tasks or inferred)
-        self._to_dataset_categories(found)
-        if self._output_dir:
-            PathManager.mkdirs(self._output_dir)
-            path = os.path.join(self._output_dir, "coco_instances_results.json")
-            with PathManager.open(path, "w") as stream:
-                json.dump(found, stream)
-        if not self._do_evaluation:
-            self._logger.info("%s has no annotations to evaluate with", self._metadata.json_file)
-            return
-        for task in tasks:
-            if not self._has_ground_truth(task):
-                continue
-            scores = self._score(task, found, img_ids) if found else None
-            self._results[task] = self._derive_coco_results(
-                scores, task, class_names=self._metadata.get("thing_classes")
-            )
-
-    def _to_dataset_categories(self, found: list[dict]) -> None:
-        mapping = self._metadata.get("thing_dataset_id_to_contiguous_id")
-        if mapping is None:
-            return
-        to_dataset = {contiguous: own for own, contiguous in mapping.items()}
-        for item in found:
-            if item["category_id"] not in to_dataset:
-                raise ConfigError(
-                    f"the model predicts class {item['category_id']}, but '{self._metadata.name}' "
-                    f"has {len(to_dataset)} classes: change MODEL.*.NUM_CLASSES or DATASETS.TEST"
-                )
-            item["category_id"] = to_dataset[item["category_id"]]
-
-    def _has_ground_truth(self, task: str) -> bool:
-        key = {"segm": "segmentation", "keypoints": "keypoints"}.get(task, "bbox")
-        if all(annotation.get(key) for annotation in self._coco_api.anns.values()):
-            return True
-        self._logger.warning(
-            f"{self._metadata.json_file}: not every annotation has {key}: {task} is not evaluated"
-        )
-        return False
-
-    def _score(self, task: str, found: list[dict], img_ids) -> SimpleNamespace:
-        """COCO's precision array, and ``stats`` as ``_derive_coco_results`` reads them."""
-        # with a box in it, the box's area would decide the size band of a mask
-        left_out = {"bbox"} if task == "segm" else set()
-        items = [{k: v for k, v in item.items() if k not in left_out} for item in found]
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco_eval = self._coco_eval(task, self._coco_api.loadRes(items))
-            if img_ids is not None:
-                coco_eval.params.imgIds = img_ids
-            coco_eval.evaluate()
-            coco_eval.accumulate()
-        precision = coco_eval.eval["precision"]  # (IoU, recall, class, size band, limit)
-        thresholds = coco_eval.params.iouThrs
-        stats = [_mean(precision[..., 0, -1])]
-        stats += [_mean(precision[np.isclose(thresholds, t)][..., 0, -1]) for t in (0.5, 0.75)]
-        stats += [_mean(precision[..., band, -1]) for band in range(1, precision.shape[3])]
-        return SimpleNamespace(stats=stats, eval=coco_eval.eval)
-
-    def _coco_eval(self, task: str, detections):
-        if task == "keypoints":  # faster-coco-eval needs its own ground-truth class here
-            coco_eval = COCOeval(self._coco_api, detections, task)
-            if self._kpt_oks_sigmas:
-                coco_eval.params.kpt_oks_sigmas = np.array(self._kpt_oks_sigmas)
-            self._check_keypoint_count(len(coco_eval.params.kpt_oks_sigmas), detections)
-            return coco_eval
-        if self._faster:
-            from faster_coco_eval.core.faster_eval_api import COCOeval_faster as implementation
-        else:
-            implementation = COCOeval
-        self._logger.info("Evaluating %s with %s", task, implementation.__name__)
-        coco_eval = implementation(self._coco_api, detections, task)
-        coco_eval.params.maxDets = list(self._max_dets_per_image)
-        return coco_eval
-
-    def _check_keypoint_count(self, scales: int, detections) -> None:
-        true, predicted = (
-            len(next(iter(coco.anns.values()))["keypoints"]) // 3
-            for coco in (self._coco_api, detections)
-        )
-        if not scales == true == predicted:
-            raise ConfigError(
-                f"'{self._metadata.name}' has {true} keypoints, the model predicts {predicted} "
-                f"(MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS), TEST.KEYPOINT_OKS_SIGMAS has {scales}"
-            )
-
-
-def _mean(precision: np.ndarray) -> float:
-    """Mean over what exists (COCO marks classes without objects by -1); -1 if nothing does."""
-    existing = precision[precision > -1]
-    return float(np.mean(existing)) if existing.size else -1.0
-
-
-def _faster_is_installed() -> bool:
-    if not importlib.util.find_spec("faster_coco_eval"):
-        return False
-    return importlib.metadata.version("faster-coco-eval").startswith(FASTER_SERIES)

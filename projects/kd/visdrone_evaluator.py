@@ -6,7 +6,8 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -59,7 +60,7 @@ class VisDroneEvaluator(DetectionEvaluator):
     def __init__(self, dataset_name: str, *, readings: Sequence[str] = tuple(READINGS), **options):
         super().__init__(dataset_name, tasks=("bbox",), max_dets_per_image=LIMITS[-1], **options)
         self._readings = {name: READINGS[name] for name in readings}
-        coco = self._coco_api
+        coco = self._coco_api  # images and categories by the numbers of the ground truth
         self._images = {image["id"]: image for image in coco.dataset["images"]}
         self._truth: dict[int, list[dict]] = {image_id: [] for image_id in self._images}
         for annotation in coco.dataset.get("annotations", []):
@@ -89,13 +90,18 @@ class VisDroneEvaluator(DetectionEvaluator):
         super()._eval_predictions(best, img_ids)  # from here on with the data set's categories
         found: dict[int, list[dict]] = {image_id: [] for image_id in self._images}
         for prediction in best:
-            found[prediction["image_id"]] += prediction["instances"]
-        rows = {image_id: _rows(items) for image_id, items in found.items()}
+            found[self._ground_truth.image_number(prediction["image_id"])] += prediction[
+                "instances"
+            ]
+        numbers = self._ground_truth.category_numbers
+        rows = {image_id: _rows(items, numbers) for image_id, items in found.items()}
         if self._output_dir:
             self._write_submission(rows)
         if not self._do_evaluation:
             return
-        chosen = self._images if img_ids is None else img_ids
+        chosen = self._images
+        if img_ids is not None:
+            chosen = [self._ground_truth.image_number(own) for own in img_ids]
         images = [self._image_result(image_id, rows[image_id]) for image_id in chosen]
         names = {category["id"]: category["name"] for category in self._coco_api.cats.values()}
         for reading, metrics in evaluate_images(images, names, self._readings).items():
@@ -106,7 +112,8 @@ class VisDroneEvaluator(DetectionEvaluator):
     def _score(self, task: str, found: list[dict], img_ids):
         by_image: dict[int, list[dict]] = {}
         for item in found:
-            by_image.setdefault(item["image_id"], []).append(item)
+            number = self._ground_truth.image_number(item["image_id"])
+            by_image.setdefault(number, []).append(item)
         kept = [item for key, items in by_image.items() for item in self._outside(key, items)]
         if not kept:
             return None
@@ -129,11 +136,13 @@ class VisDroneEvaluator(DetectionEvaluator):
     def _write_submission(self, rows: dict[int, np.ndarray]) -> None:
         folder = os.path.join(self._output_dir, "visdrone_submission")
         os.makedirs(folder, exist_ok=True)
+        numbers = self._ground_truth.category_numbers
+        own_ids = {number: own for own, number in numbers.items() if isinstance(own, int)}
         for image_id, lines in rows.items():
             name = os.path.basename(self._images[image_id]["file_name"])
             path = os.path.join(folder, os.path.splitext(name)[0] + ".txt")
             with open(path, "w") as stream:
-                stream.write(format_lines(lines))
+                stream.write(format_lines(lines, own_ids))
         logger.info("%d result files for submission are in %s", len(rows), folder)
 
 
@@ -150,21 +159,22 @@ def build_visdrone_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> Vi
     )
 
 
-def _rows(items: Sequence[dict]) -> np.ndarray:
-    """(D, 6): box XYWH, score, category, rounded as they are written."""
-    table = [[*item["bbox"], item["score"], item["category_id"]] for item in items]
+def _rows(items: Sequence[dict], numbers: dict) -> np.ndarray:
+    """(D, 6): box XYWH, score, number of the category, rounded as they are written."""
+    table = [[*item["bbox"], item["score"], numbers[item["category_id"]]] for item in items]
     rows = np.array(table, float).reshape(-1, 6)
     rows[:, :4] = rows[:, :4].round(BOX_DIGITS)
     rows[:, 4] = rows[:, 4].round(SCORE_DIGITS)
     return rows
 
 
-def format_lines(rows: np.ndarray) -> str:
+def format_lines(rows: np.ndarray, own_ids: Mapping[int, int] = MappingProxyType({})) -> str:
     """The text of a result file: box, score, category, and -1 for truncation and occlusion.
 
     Args:
         rows: (D, 6) XYWH, score, category (1 to 10), by descending score.
+        own_ids: what is written for a category, where it is not its number.
     """
     box = ",".join([f"%.{BOX_DIGITS}f"] * 4)
     line = f"{box},%.{SCORE_DIGITS}f,%d,-1,-1\n"
-    return "".join(line % tuple(row) for row in rows)
+    return "".join(line % (*row[:5], own_ids.get(int(row[5]), row[5])) for row in rows)

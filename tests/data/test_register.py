@@ -84,7 +84,7 @@ def test_relative_home_and_variable_paths(data, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "entry", ["name", ["a", "b"], ["a", "b", "c", "d"], ["a", 1, "c"], ["", "b", "c"]]
+    "entry", ["name", ["a", "b"], ["a", "b", "c", "d", "e"], ["a", 1, "c"], ["", "b", "c"]]
 )
 def test_malformed_entries(entry):
     with pytest.raises(ConfigError, match="KD.DATASETS: .* is not .name, json file, image folder"):

@@ -201,14 +201,44 @@ def load_dataset_dicts(cfg: CfgNode, names: Sequence[str]):
         require_pickles(cfg.DATASETS.PROPOSAL_FILES_TRAIN, "DATASETS.PROPOSAL_FILES_TRAIN", allowed)
         files = dict(zip(cfg.DATASETS.TRAIN, cfg.DATASETS.PROPOSAL_FILES_TRAIN, strict=True))
         proposals = [files[name] for name in names]
-    return get_detection_dataset_dicts(
-        list(names),
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=(
-            cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-        ),
-        proposal_files=proposals,
-    )
+    try:
+        images = get_detection_dataset_dicts(
+            list(names),
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=(
+                cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+            ),
+            proposal_files=proposals,
+        )
+    except AssertionError as error:  # detectron2's word for a data set of which nothing is left
+        raise DataError(
+            f"DATASETS.TRAIN: {error} (DATALOADER.FILTER_EMPTY_ANNOTATIONS and "
+            "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE leave images out)"
+        ) from error
+    if cfg.MODEL.MASK_ON and isinstance(images, list):
+        return _with_masks(images, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    return images
+
+
+def _with_masks(images: list[dict], filter_empty: bool) -> list[dict]:
+    """Without the objects that have no mask; training would stop at them."""
+    kept, left_out = [], 0
+    for image in images:
+        rows = image.get("annotations", ())
+        usable = [row for row in rows if row.get("iscrowd", 0) or row.get("segmentation")]
+        if len(usable) < len(rows):
+            left_out += len(rows) - len(usable)
+            image = {**image, "annotations": usable}
+            if filter_empty and all(row.get("iscrowd", 0) for row in usable):
+                continue
+        kept.append(image)
+    if left_out:
+        logger.warning(
+            f"DATASETS.TRAIN: {left_out} objects without a usable mask left out (MODEL.MASK_ON)"
+        )
+    if not kept:
+        raise DataError("DATASETS.TRAIN: no object has a mask that can be used")
+    return kept
 
 
 def build_sampler(cfg: CfgNode, images: Sequence[dict], seed: int) -> Sampler:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -13,10 +14,11 @@ class Problems:
     counts: Counter = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
 
-    def add(self, problem: str, place: str) -> None:
-        """Count one."""
+    def add(self, problem: str, place: str | Callable[[], str]) -> None:
+        """Count one. A place that is costly to write is given as a function."""
         self.counts[problem] += 1
-        self.first.setdefault(problem, place)
+        if problem not in self.first:
+            self.first[problem] = place() if callable(place) else place
 
     def update(self, other: Problems) -> None:
         """Add what another one counted."""
@@ -25,6 +27,6 @@ class Problems:
             self.first.setdefault(problem, place)
 
     def __str__(self) -> str:
-        """``2 clipped, 1 left out; first: ...`` in one line."""
-        listed = ", ".join(f"{count} {problem}" for problem, count in self.counts.items())
+        """``boxes clipped: 2, boxes left out: 1; first: ...`` in one line."""
+        listed = ", ".join(f"{problem}: {count}" for problem, count in self.counts.items())
         return f"{listed}; first: {next(iter(self.first.values()))}" if listed else ""

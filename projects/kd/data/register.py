@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..errors import ConfigError
-from .check import inspect_annotations, load_checked
+from .check import load_checked
+from .coco_fields import keypoint_names, skeleton
+from .coco_json import inspect_annotations
 from .sem_seg import register_sem_seg_datasets
 from .shapes import register_shapes
 from .visdrone import register_visdrone
@@ -41,7 +43,7 @@ def register_configured(cfg) -> None:
     Raises:
         ConfigError: a malformed entry, a missing annotation file, or a name that already stands
             for another data set.
-        DataError: see :func:`~projects.kd.data.check.inspect_annotations`.
+        DataError: see :func:`~projects.kd.data.coco_json.inspect_annotations`.
     """
     for entry in cfg.KD.DATASETS:
         parts = list(entry) if isinstance(entry, (list, tuple)) else [entry]
@@ -110,22 +112,22 @@ def _metadata(categories: list[dict], json_file: str) -> dict:
         "thing_classes": [category["name"] for category in categories],
         "thing_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(categories)},
     }
-    with_keypoints = [category for category in categories if category.get("keypoints")]
+    with_keypoints = [category for category in categories if keypoint_names(category)]
     if not with_keypoints:
         return metadata
-    names = list(with_keypoints[0]["keypoints"])
-    if any(list(category["keypoints"]) != names for category in with_keypoints):
+    names = keypoint_names(with_keypoints[0])
+    if any(keypoint_names(category) != names for category in with_keypoints):
         _logger.warning(
             f"{json_file}: categories differ in their keypoints; keypoints are not registered"
         )
         return metadata
-    skeleton = next((c["skeleton"] for c in with_keypoints if c.get("skeleton")), [])
+    limbs = next((skeleton(c) for c in with_keypoints if skeleton(c)), [])
     return metadata | {
         "keypoint_names": names,
         "keypoint_flip_map": keypoint_flip_map(names),
         "keypoint_connection_rules": [
             (names[a - 1], names[b - 1], _LIMB_COLOURS[i % len(_LIMB_COLOURS)])
-            for i, (a, b) in enumerate(skeleton)
+            for i, (a, b) in enumerate(limbs)
             if 1 <= min(a, b) and max(a, b) <= len(names)
         ],
     }

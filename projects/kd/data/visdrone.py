@@ -13,13 +13,13 @@ toolkit, which looks at the classes 1 to 10 only.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from .check import load_checked
+from .coco_json import read_coco
 from .problems import Problems
 
 CLASSES = (
@@ -246,6 +246,7 @@ def register_visdrone_data(name: str, json_file: str, image_root: str) -> None:
         json_file=json_file,
         image_root=image_root,
         made_by="datasets/prepare_visdrone.py",
+        checked_annotations=True,
         thing_classes=list(CLASSES),
         thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},
     )
@@ -260,8 +261,7 @@ def load_visdrone(json_file: str, image_root: str, name: str) -> list[dict]:
         DataError: see :func:`~projects.kd.data.check.load_checked`.
     """
     dicts = load_checked(json_file, image_root, name)
-    with open(json_file, encoding="utf-8") as stream:
-        images = {image["id"]: image for image in json.load(stream)["images"]}
+    images = {image["id"]: image for image in read_coco(json_file).images}
     for entry in dicts:
         objects = [list(a["bbox"]) for a in entry["annotations"] if a["iscrowd"]]
         regions = images[entry["image_id"]].get("ignored_regions", [])
