@@ -22,6 +22,7 @@ from .levels import (
     scaled_divisibility,
     scaled_size,
 )
+from .narrow_maps import guard_narrow_maps
 from .schedule import Ramp, build_ramp
 from .taps import FeatureTaps, taps_for
 from .teacher import Teacher, build_teacher
@@ -264,10 +265,11 @@ def paired_infos(cfg, student: nn.Module, teacher: Teacher, level_map: Mapping[s
 
 def build_training_model(cfg) -> nn.Module:
     """What is trained: the plain student, or the wrapper that KD.META_ARCHITECTURE names."""
-    if not cfg.KD.META_ARCHITECTURE:
-        return build_model(cfg)
-    model = META_ARCH_REGISTRY.get(cfg.KD.META_ARCHITECTURE)(cfg)
-    return model.to(cfg.MODEL.DEVICE)
+    if cfg.KD.META_ARCHITECTURE:
+        model = META_ARCH_REGISTRY.get(cfg.KD.META_ARCHITECTURE)(cfg).to(cfg.MODEL.DEVICE)
+    else:
+        model = build_model(cfg)
+    return guard_narrow_maps(model)
 
 
 def student_of(model: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from .config import load_config
 from .context import ModelInfo
 from .errors import ConfigError
 from .files import MODEL_ZOO_PREFIX, resolve_config, zoo_weights_url
+from .narrow_maps import guard_narrow_maps
 from .taps import FeatureTaps, class_names_of, taps_for
 from .weight_files import modules_in
 from .weights import load_weights
@@ -56,7 +57,7 @@ class Teacher:
         dtype: str = "auto",
         channels_last: bool = False,
     ):
-        self.model = model.eval().requires_grad_(False)
+        self.model = guard_narrow_maps(model).eval().requires_grad_(False)
         self.input_format = input_format
         self.cfg = cfg
         self.class_names = tuple(class_names)
