@@ -34,7 +34,8 @@ from projects.kd import DistillContext  # noqa: E402
 from projects.kd.arguments import Parser, output_file, whole  # noqa: E402
 from projects.kd.data.priors import uniform_priors  # noqa: E402
 from projects.kd.errors import exit_on_user_error  # noqa: E402
-from projects.kd.functional.icd import summed_attention, value_distance  # noqa: E402
+from projects.kd.functional.icd import summed_attention  # noqa: E402
+from projects.kd.functional.icd_values import value_distance  # noqa: E402
 from projects.kd.heads.icd import ICD  # noqa: E402
 from projects.kd.heads.icd_decoder import InstanceDecoder, attend  # noqa: E402
 from projects.kd.measure import Spread, interleave, peak_bytes, random_batch, ratio  # noqa: E402

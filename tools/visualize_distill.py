@@ -42,10 +42,8 @@ from projects.kd.distiller import paired_infos  # noqa: E402
 from projects.kd.engine.checkpoint import Heads  # noqa: E402
 from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
 from projects.kd.files import resolve_weights  # noqa: E402
-from projects.kd.functional.icd import (  # noqa: E402
-    summed_attention,
-    token_distance,
-)
+from projects.kd.functional.icd import summed_attention  # noqa: E402
+from projects.kd.functional.icd_values import token_distance  # noqa: E402
 from projects.kd.heads.icd import fgfi_mask  # noqa: E402
 from projects.kd.heads.icd_decoder import project  # noqa: E402
 from projects.kd.inherit import inherit  # noqa: E402
@@ -92,7 +90,7 @@ class Views:
         layer = self.head.decoder.layers[-1]
         own = project(self.head.student_values[-1], student[0], layer.heads)
         target = project(layer.value, teacher[0], layer.heads)
-        self.distance = token_distance(own, target).mean(1)
+        self.distance = token_distance(own, target, self.head.center).mean(1)
         self.info = paired_infos(cfg, model.student, model.teacher, model.level_map)[0]
         self.teacher_tokens = teacher
 

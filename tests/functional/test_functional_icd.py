@@ -8,7 +8,7 @@ import pytest
 import torch
 from kd_testing import wave
 
-from projects.kd.functional import icd
+from projects.kd.functional import icd_values
 from projects.kd.functional.icd import (
     Priors,
     encode_instances,
@@ -20,8 +20,8 @@ from projects.kd.functional.icd import (
     scale_bins,
     sine_table,
     summed_attention,
-    value_distance,
 )
+from projects.kd.functional.icd_values import token_distance, value_distance
 
 SIZE = (480, 640)
 
@@ -42,8 +42,10 @@ def naive_attention(queries, keys):
     return logits.softmax(-1)
 
 
-def naive_distance(student, teacher, weights):
+def naive_distance(student, teacher, weights, center=False):
     """The formula with torch's own layer norm, all tokens at a time."""
+    if center:
+        student, teacher = (x - x.sum(0) / len(x) for x in (student, teacher))
     s, t = (torch.nn.functional.layer_norm(x, x.shape[-1:]) for x in (student, teacher))
     error = (s - t).square().mean(-1).T
     return ((weights * error).sum(1) / weights.sum(1).clamp(min=1e-6)).mean()
@@ -235,25 +237,59 @@ def test_scaling_and_shifting_values_costs_nothing():
     assert value_distance(-teacher, teacher, weights).item() == pytest.approx(4, rel=1e-6)
 
 
+@pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("piece", [8, 24, 10**6])
-def test_value_and_gradient_equal_the_formula(piece, monkeypatch):
-    monkeypatch.setitem(icd.PIECE, "cpu", piece)
+def test_value_and_gradient_equal_the_formula(piece, center, monkeypatch):
+    monkeypatch.setitem(icd_values.PIECE, "cpu", piece)
     for seed in range(3):
         torch.manual_seed(seed)
         student = torch.randn(7, 2, 4, dtype=torch.float64).requires_grad_()
         teacher = torch.randn(7, 2, 4, dtype=torch.float64) * 3 + 5
         weights = torch.rand(2, 7, dtype=torch.float64)
-        ours, reference = (f(student, teacher, weights) for f in (value_distance, naive_distance))
+        ours, reference = (
+            f(student, teacher, weights, center) for f in (value_distance, naive_distance)
+        )
         torch.testing.assert_close(ours, reference)
         pair = [torch.autograd.grad(3 * loss, student)[0] for loss in (ours, reference)]
         torch.testing.assert_close(*pair)
 
 
-def test_gradients_are_those_of_finite_differences():
+def test_centred_by_hand():
+    """Two tokens: centred they are opposite, so all that counts is the sign of the correlation."""
+    common = torch.tensor([9.0, -4.0, 7.0], dtype=torch.float64)
+    one = torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64) * 100
+    student = torch.stack([common + one, common - one])[:, None]
+    weights = torch.tensor([[0.3, 0.9]], dtype=torch.float64)
+    for teacher, expected in ((2 * one, 0.0), (-one, 4.0), (one[[1, 0, 2]], 2 * (1 - 13 / 14))):
+        teacher = torch.stack([teacher, -teacher])[:, None] - 50 * common
+        found = value_distance(student, teacher, weights, center=True)
+        assert found.item() == pytest.approx(expected, abs=1e-6)
+        assert token_distance(student, teacher, True)[:, 0].tolist() == pytest.approx(
+            [expected] * 2, abs=1e-6
+        )
+
+
+def test_what_all_tokens_have_in_common_costs_nothing_when_centred():
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(9, 2, 8, dtype=torch.float64) for _ in range(2))
+    weights = torch.rand(2, 9, dtype=torch.float64)
+    common = [10 * torch.randn(2, 8, dtype=torch.float64) for _ in range(2)]
+    losses = []
+    for s, t in ((student, teacher), (student + common[0], teacher + common[1])):
+        s = s.clone().requires_grad_()
+        losses.append([value_distance(s, t, weights, center) for center in (True, False)])
+        gradient = torch.autograd.grad(losses[-1][0], s)[0]
+        torch.testing.assert_close(gradient.sum(0), torch.zeros(2, 8).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(losses[0][0], losses[1][0])
+    assert abs(losses[0][1] - losses[1][1]) > 0.1
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_gradients_are_those_of_finite_differences(center):
     torch.manual_seed(0)
     student = torch.randn(5, 2, 4, dtype=torch.float64).requires_grad_()
     teacher, weights = torch.randn(5, 2, 4).double(), torch.rand(2, 5).double()
-    assert torch.autograd.gradcheck(lambda s: value_distance(s, teacher, weights), student)
+    assert torch.autograd.gradcheck(lambda s: value_distance(s, teacher, weights, center), student)
 
 
 def test_constant_values_and_no_weight_are_finite():

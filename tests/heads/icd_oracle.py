@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 
-def attention_part(queries, keys, values, student_values, real, token_mask):
+def attention_part(queries, keys, values, student_values, real, token_mask, center=False):
     """From projections to the read-out and the distillation term.
 
     Args:
@@ -18,6 +18,7 @@ def attention_part(queries, keys, values, student_values, real, token_mask):
         keys, values, student_values: (N, L, M, d).
         real: (N, Q) bool, real instances (others are fakes or padding).
         token_mask: (N, L) bool, cells inside the image.
+        center: values lose their mean over those cells.
 
     Returns:
         (N, Q, M * d) read-out, and the scalar distillation term without its weight.
@@ -27,6 +28,12 @@ def attention_part(queries, keys, values, student_values, real, token_mask):
     maps = logits.softmax(-1)
     read = torch.einsum("nmql,nlmd->nqmd", maps, values).flatten(2)
     weights = (maps.detach() * real[:, None, :, None]).sum(2)  # (N, M, L)
+    if center:
+        inside = token_mask[..., None, None].to(values)
+        values, student_values = (
+            x - (x * inside).sum(1, keepdim=True) / inside.sum(1, keepdim=True)
+            for x in (values, student_values)
+        )
     width = (values.shape[-1],)
     teacher = F.layer_norm(values.detach(), width)
     error = (F.layer_norm(student_values, width) - teacher).square().mean(-1).transpose(1, 2)
@@ -95,7 +102,7 @@ def losses(head, ctx, queries) -> dict[str, torch.Tensor]:
             )
         )
         wanted = layer.query(x).unflatten(2, (layer.heads, -1))
-        read, term = attention_part(wanted, keys, values, own, real, tokens)
+        read, term = attention_part(wanted, keys, values, own, real, tokens, head.center)
         terms.append(term)
         x = layer.attention_norm(x + layer.out(read))
         x = layer.ffn_norm(x + layer.ffn(x))

@@ -19,8 +19,8 @@ from ..functional.icd import (
     identification_loss,
     localisation_error,
     summed_attention,
-    value_distance,
 )
+from ..functional.icd_values import value_distance
 from ..taps import configured_classes
 from .base import IMITATION_HEAD_REGISTRY, ImitationHead, common_width
 from .fgfi import FGFI, student_anchors
@@ -55,6 +55,9 @@ def add_icd_config(cfg) -> None:
     # Weights of the distillation term: "decoder" = attention of the real instances; "uniform" and
     # "fgfi" (mask of KD.FGFI) are the published ablation.
     node.ATTENTION = "decoder"
+    # True: before the distance, values lose their mean over the tokens of the image, on both sides
+    # (ours). Most of a detector's values is the same for every token; matching that comes first.
+    node.CENTER = False
     # Factors of the auxiliary tasks, which train the decoder: real or fake, and box sides.
     node.CONF_WEIGHT = 1.0
     node.BOX_WEIGHT = 1.0
@@ -79,10 +82,15 @@ class ICD(ImitationHead):
         weight * mean over images, layers and heads of
             sum_l w_l e_l / max(sum_l w_l, 1e-6),   w = attention summed over the real instances
 
-    with e of :func:`~projects.kd.functional.icd.value_distance`. Images without objects count as 0.
+    with e of :func:`~projects.kd.functional.icd_values.value_distance`. Images without objects count
+    as 0.
     The student has a value projection of its own. ``loss_kd_icd`` trains it and, from
     ``detach_iters`` on, the student; the auxiliary losses train the decoder; neither reaches the
     teacher. Widths of student and teacher may differ, as may their classes.
+
+    Unlike the release: of several layers (it trains with one) the auxiliary losses see the last
+    one's output only, and one position projection serves the keys of all; the student's value
+    projections start as torch's linear layers do.
 
     Args:
         decoder: on the teacher's features.
@@ -95,6 +103,7 @@ class ICD(ImitationHead):
         attention: "decoder", or the ablation "uniform" (w = 1) or "fgfi" (w = imitation mask).
         imitation_mask: an FGFI head whose ``masks`` give the weights of "fgfi".
         conf_weight, box_weight: factors of the auxiliary losses.
+        center: of :func:`~projects.kd.functional.icd_values.value_distance`; False as published.
         **base: see :class:`ImitationHead`. Without ``mask_padding`` the padding of the batch counts
             as image.
     """
@@ -115,6 +124,7 @@ class ICD(ImitationHead):
         imitation_mask: FGFI | None = None,
         conf_weight: float = 1.0,
         box_weight: float = 1.0,
+        center: bool = False,
         **base,
     ):
         super().__init__(**base)
@@ -131,6 +141,7 @@ class ICD(ImitationHead):
         self.imitation_mask = imitation_mask
         self.conf_weight = conf_weight
         self.box_weight = box_weight
+        self.center = center
         cumulative = torch.as_tensor(priors.frequency).cumsum(0).float()
         self.register_buffer("class_share", cumulative, persistent=False)
         self.register_buffer("mean_size", torch.as_tensor(priors.mean).float(), persistent=False)
@@ -168,6 +179,7 @@ class ICD(ImitationHead):
             ),
             conf_weight=node.CONF_WEIGHT,
             box_weight=node.BOX_WEIGHT,
+            center=node.CENTER,
         )
         return kwargs
 
@@ -238,7 +250,7 @@ class ICD(ImitationHead):
                     weights = read.keys.new_ones(read.keys.shape[1], len(read.keys))
                 heads = read.values.shape[1]
                 own = project(values, student[image], heads)
-                total = total + value_distance(own, read.values, weights)
+                total = total + value_distance(own, read.values, weights, self.center)
         return total / (len(reads) * len(student))
 
     def _flat_mask(self, ctx, masks: dict[str, torch.Tensor], image: int) -> torch.Tensor:
