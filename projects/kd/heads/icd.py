@@ -82,9 +82,8 @@ class ICD(ImitationHead):
         weight * mean over images, layers and heads of
             sum_l w_l e_l / max(sum_l w_l, 1e-6),   w = attention summed over the real instances
 
-    with e of :func:`~projects.kd.functional.icd_values.value_distance`. Images without objects count
-    as 0.
-    The student has a value projection of its own. ``loss_kd_icd`` trains it and, from
+    with e of :func:`~projects.kd.functional.icd_values.value_distance`. Images without objects
+    count as 0. The student has a value projection of its own. ``loss_kd_icd`` trains it and, from
     ``detach_iters`` on, the student; the auxiliary losses train the decoder; neither reaches the
     teacher. Widths of student and teacher may differ, as may their classes.
 
