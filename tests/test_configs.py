@@ -55,7 +55,8 @@ def test_builds_with_its_teacher_and_heads(name):
     cfg.MODEL.DEVICE = "meta"
     cfg.KD.TEACHER.WEIGHTS = ""
     cfg.MODEL.TIMM.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED = "", False
-    cfg.KD.TEACHER.OPTS = ["MODEL.WEIGHTS", "", "MODEL.TIMM.WEIGHTS", ""]
+    timm = ["MODEL.TIMM.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", False]
+    cfg.KD.TEACHER.OPTS = ["MODEL.WEIGHTS", "", *timm]
     cfg.KD.TEACHER.ALLOW_MISSING = True
     with torch.device("meta"):
         model = build_training_model(cfg)
