@@ -7,94 +7,25 @@ import os
 from pathlib import Path
 
 import cv2
-import numpy as np
 import pytest
 import yaml
-from kd_scripts import load_script
+from kd_suites import execute, fake_training, make_suite, registered_toy_data
 
-from projects.kd import suites
+from projects.kd import report_files, suites
 from projects.kd.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def compare():
-    return load_script("tools/compare.py")
-
-
 @pytest.fixture
-def suite(tmp_path):
-    teacher = str(ROOT / "configs/shapes/retinanet_teacher.yaml")
-    student = str(ROOT / "configs/shapes/retinanet_student.yaml")
-    distilled = str(ROOT / "configs/shapes/retinanet_student_fgfi.yaml")
-    return {
-        "title": "test",
-        "dataset": "compare_toy",
-        "baseline": "student",
-        "show": ["teacher", "student"],
-        "rows": [
-            {"name": "student", "config": student},
-            {"name": "teacher", "config": teacher, "role": "teacher"},
-            {"name": "student+X", "config": distilled, "opts": ["SOLVER.MAX_ITER", 7]},
-        ],
-    }
+def suite():
+    return make_suite()
 
 
 @pytest.fixture
 def toy_data(tmp_path):
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-    from detectron2.data.datasets import register_coco_instances
-
-    image = np.full((40, 60, 3), 90, np.uint8)
-    cv2.imwrite(str(tmp_path / "a.png"), image)
-    content = {
-        "images": [{"id": 3, "file_name": "a.png", "width": 60, "height": 40}],
-        "annotations": [
-            {
-                "id": 1,
-                "image_id": 3,
-                "category_id": 5,
-                "bbox": [5, 5, 20, 20],
-                "area": 400,
-                "iscrowd": 0,
-            }  # fmt: skip
-        ],
-        "categories": [{"id": 5, "name": "thing"}],
-    }
-    (tmp_path / "toy.json").write_text(json.dumps(content))
-    register_coco_instances("compare_toy", {}, str(tmp_path / "toy.json"), str(tmp_path))
-    yield
-    DatasetCatalog.remove("compare_toy")
-    MetadataCatalog.remove("compare_toy")
-
-
-def fake_training(monkeypatch, scores, status=0):
-    """Each call writes what train_net.py would; returns the list of commands."""
-    commands = []
-
-    def run(command, log, progress, threads):
-        commands.append(command)
-        folder = Path(command[command.index("OUTPUT_DIR") + 1])
-        Path(log).write_text("error: something is wrong\n" if status else "fine\n")
-        if status:
-            return status
-        line = {"iteration": 9, "bbox/AP": scores[len(commands) - 1]}
-        (folder / "metrics.json").write_text(json.dumps(line) + "\n")
-        (folder / "inference").mkdir(exist_ok=True)
-        box = {"image_id": 3, "category_id": 5, "bbox": [4, 4, 20, 20], "score": 0.9}
-        (folder / "inference" / "coco_instances_results.json").write_text(json.dumps([box]))
-        return 0
-
-    monkeypatch.setattr(suites, "run_quietly", run)
-    return commands
-
-
-def execute(compare, suite, output, seeds=(1, 2), opts=()):
-    runs = suites.make_runs(suite, list(seeds), str(output), list(opts))
-    for i, run in enumerate(runs):
-        run.execute(f"{i}")
-    return compare.write_report(suite, runs, str(output), "command")
+    with registered_toy_data(tmp_path):
+        yield
 
 
 def test_teacher_first_then_seed_by_seed_with_its_weights(suite, tmp_path):
@@ -184,12 +115,12 @@ def test_every_row_may_start_from_one_that_is_trained_once(suite, tmp_path):
     assert [row["name"] for row in kept] == ["origin", "teacher", "student+X"]
 
 
-def test_a_start_is_trained_and_not_reported(compare, suite, tmp_path, toy_data, monkeypatch):
+def test_a_start_is_trained_and_not_reported(suite, tmp_path, toy_data, monkeypatch):
     suite["rows"][0] |= {"role": "start", "name": "origin"}
     suite["rows"][2]["init"] = "origin"
     suite["baseline"] = "student+X"
     commands = fake_training(monkeypatch, [50.0, 30.0, 4.0, 6.0])
-    report = execute(compare, suite, tmp_path)
+    report = execute(suite, tmp_path)
     assert len(commands) == 4
     assert [row["name"] for row in report["rows"]] == ["teacher", "student+X"]
 
@@ -218,67 +149,56 @@ def test_a_score_that_cannot_be_meant_is_refused(tmp_path, entries, message):
         suites.read_suite(str(path))
 
 
-def test_detections_above_the_suites_score_are_drawn(
-    compare, suite, tmp_path, toy_data, monkeypatch
-):
+def test_detections_above_the_suites_score_are_drawn(suite, tmp_path, toy_data, monkeypatch):
     drawn = []
-    monkeypatch.setattr(
-        compare, "detections_side_by_side", lambda *args, threshold: drawn.append(threshold)
-    )
+
+    def draw(dataset, found, path, threshold):
+        drawn.append(threshold)
+        Path(path).write_bytes(b"")
+
+    monkeypatch.setattr(report_files, "detections_side_by_side", draw)
     for entries in ({}, {"score": 0.1}):
         fake_training(monkeypatch, [30.0, 1.0, 4.0, 3.0, 8.0])
-        execute(compare, suite | entries, tmp_path / "out")
+        execute(suite | entries, tmp_path / "out")
     assert drawn == [0.3, 0.1]
 
 
-def test_report_and_pictures(compare, suite, tmp_path, toy_data, monkeypatch):
+def test_report_and_pictures(suite, tmp_path, toy_data, monkeypatch):
     commands = fake_training(monkeypatch, [30.0, 1.0, 4.0, 3.0, 8.0])
-    report = execute(compare, suite, tmp_path / "out")
+    report = execute(suite, tmp_path / "out")
     assert len(commands) == 5
     on_disk = json.loads((tmp_path / "out" / "report.json").read_text())
     assert on_disk == report and on_disk["dataset"] == "compare_toy"
     by_name = {row["name"]: row for row in on_disk["rows"]}
     assert (by_name["teacher"]["AP"], by_name["teacher"]["seeds"]) == (30.0, 1)
     assert (by_name["student"]["AP"], by_name["student+X"]["AP"]) == (2.0, 6.0)
-    assert "+4.0" in (tmp_path / "out" / "report.md").read_text()
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.startswith("# test\n\nstudent 2.0, distilled (X) 6.0: +4.0 AP, mean of 2 seeds; ")
+    assert "| +4.0 |" in text and "| 14 % |" in text  # 4 of 28; 6 +- 2.8 is no clear gain
+    row = by_name["student+X"]
+    assert (row["peak_memory_mb"], row["gpu_peak_mb"], row["iterations"]) == (2.0, 104.9, 7)
+    assert row["distilled"] and (row["baseline"], row["teacher"]) == ("student", "teacher")
+    assert not by_name["teacher"]["distilled"] and by_name["teacher"]["role"] == "teacher"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2  # bars and detections: no time was logged
     picture = cv2.imread(str(tmp_path / "out" / "detections.png"))
     assert picture.std() > 10 and (tmp_path / "out" / "ap.png").stat().st_size > 5000
 
 
-def test_several_jobs_share_the_threads(compare, suite, tmp_path, toy_data, monkeypatch):
-    seen = []
-    fake_training(monkeypatch, [30.0, 1.0, 4.0, 3.0, 8.0])
-    fake = suites.run_quietly
-
-    def run(command, log, progress, threads):
-        seen.append((progress, threads))
-        return fake(command, log, progress, threads)
-
-    monkeypatch.setattr(suites, "run_quietly", run)
-    monkeypatch.setattr(compare.os, "cpu_count", lambda: 6)
-    runs = suites.make_runs(suite, [1, 2], str(tmp_path), [])
-    report = compare.execute_all(suite, runs, str(tmp_path), "command", jobs=2)
-    assert seen[0] == ("1/5", 0)
-    assert sorted(seen[1:]) == [(f"{i}/5", 3) for i in range(2, 6)]
-    assert {row["name"]: row["seeds"] for row in report["rows"]} == {
-        "student": 2, "teacher": 1, "student+X": 2
-    }  # fmt: skip
-
-
 def test_finished_runs_are_kept_and_changed_ones_moved_aside(
-    compare, suite, tmp_path, toy_data, monkeypatch
+    suite, tmp_path, toy_data, monkeypatch
 ):
     commands = fake_training(monkeypatch, [float(i) for i in range(20)])
-    execute(compare, suite, tmp_path, seeds=[1])
+    execute(suite, tmp_path, seeds=[1])
     assert len(commands) == 3
-    execute(compare, suite, tmp_path, seeds=[1])
+    execute(suite, tmp_path, seeds=[1])
     assert len(commands) == 3
     suite["rows"][2]["opts"] = ["SOLVER.MAX_ITER", 8]
-    execute(compare, suite, tmp_path, seeds=[1])
+    execute(suite, tmp_path, seeds=[1])
     assert len(commands) == 4
     assert (tmp_path / "runs" / "student+X" / "seed1.old1" / "metrics.json").is_file()
     suite["rows"][1]["opts"] = ["SOLVER.MAX_ITER", 9]  # the teacher, and who learns
-    execute(compare, suite, tmp_path, seeds=[1])
+    execute(suite, tmp_path, seeds=[1])
     assert len(commands) == 6
 
 

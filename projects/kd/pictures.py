@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import textwrap
@@ -48,6 +49,22 @@ def ap_curves(
     curves: Mapping[str, Sequence[tuple[int, float]]], path: str, metric: str = "AP"
 ) -> None:
     """A metric against iterations; ``curves`` maps a name to (iteration, value) points."""
+    _save(_curves_figure(curves, metric), path)
+
+
+def ap_curves_svg(curves: Mapping[str, Sequence[tuple[int, float]]], metric: str = "AP") -> str:
+    """The picture of :func:`ap_curves` as an ``<svg>`` element for a page."""
+    figure = _curves_figure(curves, metric)
+    figure.tight_layout()
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "curves"}):  # the same curves, the same bytes
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _curves_figure(curves: Mapping[str, Sequence[tuple[int, float]]], metric: str):
     figure, axes = plt.subplots(figsize=(6.5, 4))
     for i, (name, points) in enumerate(curves.items()):
         if points:
@@ -56,7 +73,7 @@ def ap_curves(
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    _save(figure, path)
+    return figure
 
 
 def cost_scatter(points: Mapping[str, tuple[float, float]], path: str, metric: str) -> None:

@@ -1,4 +1,4 @@
-"""Result tables of several runs: report.json, report.md, and the pictures beside them."""
+"""Numbers of several runs: what they wrote, and their means over seeds."""
 
 from __future__ import annotations
 
@@ -101,52 +101,23 @@ def further_tasks(run_dirs: Sequence[str]) -> dict[str, float]:
     return found
 
 
+def mean_curve(run_dirs: Sequence[str], key: str, iterations: int) -> list[list[float]]:
+    """[iterations done, mean over runs] of a metric, "bbox/AP" for example.
+
+    Only evaluations that every run has; the last one where a resumed run evaluated twice.
+    detectron2 notes the one after training one iteration late: it counts as at ``iterations``.
+    """
+    curves = []
+    for folder in run_dirs:
+        lines = read_jsonl(os.path.join(folder, "metrics.json"))
+        known = [x for x in lines if _is_number(x.get(key))]
+        curves.append({min(x["iteration"] + 1, iterations): x[key] for x in known})
+    common = set(curves[0]).intersection(*curves[1:]) if curves else ()
+    return [[n, statistics.fmean(curve[n] for curve in curves)] for n in sorted(common)]
+
+
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def relative_costs(rows: Sequence[Mapping], baseline: str | None) -> dict[str, float]:
-    """Row name to its time of an iteration divided by the baseline's, where both are known."""
-    times = {row["name"]: row.get("seconds_per_iteration") for row in rows}
-    base = times.get(baseline)
-    return {name: value / base for name, value in times.items() if base and value}
-
-
-def markdown_table(
-    rows: Sequence[Mapping], baseline: str | None = None, metrics: Sequence[str] = METRICS
-) -> str:
-    """The rows as a markdown table.
-
-    Args:
-        rows: of :func:`summarise`, perhaps with :func:`further_tasks`.
-        baseline: adds the gain over that row, and what an iteration costs beside its own.
-        metrics: columns; gains are counted in the first.
-    """
-    first = metrics[0]
-    base = next((row[first] for row in rows if row["name"] == baseline), None)
-    costs = relative_costs(rows, baseline)
-    further = [x for x in FURTHER if x not in metrics and any(x in row for row in rows)]
-    header = ["name", *metrics, *further, "seeds"] + (["gain"] if base is not None else [])
-    header += ["cost"] if costs else []
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for row in rows:
-        cells = [row["name"], *(_cell(row, metric) for metric in metrics)]
-        cells += [f"{row[column]:.1f}" if column in row else "-" for column in further]
-        cells.append(str(row["seeds"]))
-        if base is not None:
-            known = row[first] is not None and row["name"] != baseline
-            cells.append(f"{row[first] - base:+.1f}" if known else "")
-        if costs:
-            cells.append(f"{costs[row['name']]:.2f}x" if row["name"] in costs else "-")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(row: Mapping, metric: str) -> str:
-    if row[metric] is None:
-        return "-"
-    spread = row.get(f"{metric}_std")
-    return f"{row[metric]:.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
 
 
 def write_atomically(path: str, text: str) -> None:

@@ -29,6 +29,8 @@ _ROW = {
     "name": (str, "text"),
     "config": (str, "a config file"),
     "role": (str, "teacher or start"),
+    "baseline": (str, "the name of a row"),
+    "teacher": (str, "the name of a row with role teacher"),
     "init": (str, "the name of a row"),
     "opts": (list, "a list KEY, value, KEY, value, ..."),
 }
@@ -60,6 +62,12 @@ def read_suite(path: str) -> dict:
     for entry, value in (("baseline", suite.get("baseline")), *_each("show", suite)):
         if value is not None:
             require_one_of(f"{where}: {entry}", value, names)
+    reported = [row["name"] for row in suite["rows"] if row.get("role") != "start"]
+    teachers = [row["name"] for row in suite["rows"] if row.get("role") == "teacher"]
+    for row in suite["rows"]:
+        for entry, known in (("baseline", reported), ("teacher", teachers)):
+            if entry in row:
+                require_one_of(f"{where}: {entry} of row '{row['name']}'", row[entry], known)
     return suite
 
 
