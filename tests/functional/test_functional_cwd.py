@@ -8,10 +8,25 @@ from projects.kd.functional.cwd import cwd_loss
 from projects.kd.measure import peak_bytes
 
 
-def plain_cwd(student, teacher, tau=1.0, mask=None):
+def plain_standard(x, mask):
+    """One channel at a time, a list of all images' valid cells."""
+    n, c = x.shape[:2]
+    inside = [torch.ones_like(x[i, 0]) > 0 if mask is None else mask[i, 0] for i in range(n)]
+    result = []
+    for channel in range(c):
+        cells = torch.cat([x[i, channel][inside[i]] for i in range(n)])
+        mean = cells.sum() / len(cells)
+        variance = ((cells - mean) ** 2).sum() / len(cells)
+        result.append((x[:, channel] - mean) / (variance + 1e-6).sqrt())
+    return torch.stack(result, 1)
+
+
+def plain_cwd(student, teacher, tau=1.0, mask=None, standardize=False):
     """The formula as written, one channel at a time, over the cells of the mask only."""
     n, c = student.shape[:2]
     total = 0.0
+    if standardize:
+        student, teacher = plain_standard(student, mask), plain_standard(teacher, mask)
     for image in range(n):
         inside = torch.ones_like(student[image, 0]) > 0 if mask is None else mask[image, 0]
         for channel in range(c):
@@ -31,6 +46,12 @@ def test_golden_numbers(tau, value):
     assert cwd_loss(*golden(), tau).item() == pytest.approx(value, rel=1e-8)
 
 
+@pytest.mark.parametrize(("tau", "value"), [(1.0, 0.72385201), (4.0, 0.89439822)])
+def test_golden_numbers_of_standardised_channels(tau, value):
+    """Computed apart, in Python's floats, from the definition."""
+    assert cwd_loss(*golden(), tau, None, True).item() == pytest.approx(value, rel=1e-7)
+
+
 def test_golden_gradient():
     student, teacher = golden()
     cwd_loss(student, teacher, 4.0).backward()
@@ -43,26 +64,58 @@ def random_mask(n, h, w):
     return mask
 
 
+@pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("tau", [0.5, 1.0, 4.0])
-def test_value_and_gradient_equal_the_formula(tau, masked):
+def test_value_and_gradient_equal_the_formula(tau, masked, standardize):
     for seed in range(5):
         torch.manual_seed(seed)
         student = (3 * torch.randn(2, 3, 4, 5, dtype=torch.float64)).requires_grad_()
         teacher = 3 * torch.randn(2, 3, 4, 5, dtype=torch.float64)
         mask = random_mask(2, 4, 5) if masked else None
-        ours, reference = (f(student, teacher, tau, mask) for f in (cwd_loss, plain_cwd))
+        options = (tau, mask, standardize)
+        ours, reference = (f(student, teacher, *options) for f in (cwd_loss, plain_cwd))
         torch.testing.assert_close(ours, reference)
         pair = (torch.autograd.grad(loss, student)[0] for loss in (ours, reference))
         torch.testing.assert_close(*pair)
         assert ours.item() > 0
 
 
+@pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradients_are_those_of_finite_differences(masked):
+def test_gradients_are_those_of_finite_differences(masked, standardize):
     student, teacher = golden()
     mask = random_mask(2, 4, 6) if masked else None
-    assert torch.autograd.gradcheck(lambda s: cwd_loss(s, teacher, 2.0, mask), student)
+    assert torch.autograd.gradcheck(lambda s: cwd_loss(s, teacher, 2.0, mask, standardize), student)
+
+
+def test_standardised_by_hand():
+    """A channel of +-1 whatever its scale; a constant one is 0 and has a finite gradient."""
+    student = torch.tensor([[[[5.0, 9.0]]], [[[9.0, 5.0]]]], dtype=torch.float64)
+    teacher = torch.tensor([[[[300.0, 100.0]]], [[[300.0, 100.0]]]], dtype=torch.float64)
+    p = torch.tensor([1.0, -1.0], dtype=torch.float64).softmax(0)
+    expected = (p * (p / p.flip(0)).log()).sum() / 2  # the first image is reversed
+    found = cwd_loss(student, teacher, standardize=True)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    flat = torch.full((2, 1, 1, 2), 7.0, dtype=torch.float64, requires_grad=True)
+    loss = cwd_loss(flat, teacher, standardize=True)
+    loss.backward()
+    assert loss.item() == pytest.approx((p * (2 * p).log()).sum().item(), rel=1e-5)
+    assert flat.grad.isfinite().all()
+
+
+def test_standardised_channels_count_alike_whatever_their_scale():
+    student, teacher = golden()
+    factor, shift = 20 * torch.rand(2, 3, 1, 1).double() + 20, torch.randn(2, 3, 1, 1).double()
+    other = teacher * factor[:1] + 9 * shift[:1]
+    losses = [cwd_loss(student, x, 1.0, None, True) for x in (teacher, other)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    assert cwd_loss(student, other) > 1.5 * cwd_loss(student, teacher)
+    # images keep their differences: a batch is no list of single images
+    alone = sum(
+        cwd_loss(s[None], t[None], 1.0, None, True) for s, t in zip(student, teacher, strict=True)
+    )
+    assert abs(alone / 2 - losses[0]) > 1e-3
 
 
 def test_equal_maps_give_exactly_zero():
@@ -88,14 +141,15 @@ def test_a_single_cell_gives_zero():
     assert abs(loss.item()) < 1e-6 and not student.grad.any()
 
 
+@pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("value", [1e30, float("inf"), float("-inf"), float("nan")])
-def test_cells_outside_of_the_mask_do_not_matter(value):
+def test_cells_outside_of_the_mask_do_not_matter(value, standardize):
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 2, 3, 4, 5).unbind()
     mask = random_mask(2, 4, 5)
     spoilt = [x.masked_fill(~mask, value).requires_grad_() for x in (student, teacher)]
     student.requires_grad_()
-    losses = cwd_loss(student, teacher, 2.0, mask), cwd_loss(*spoilt, 2.0, mask)
+    losses = [cwd_loss(*x, 2.0, mask, standardize) for x in ((student, teacher), spoilt)]
     assert torch.equal(*losses)
     clean = torch.autograd.grad(losses[0], student)[0]
     found = torch.autograd.grad(losses[1], spoilt[0])[0]

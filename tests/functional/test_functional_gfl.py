@@ -141,6 +141,21 @@ def test_atss_equals_a_loop():
     assert claimed > 100
 
 
+def test_candidates_are_the_nearest_far_from_the_origin_too():
+    """Centres 0.02 pixels nearer to one anchor than to its neighbour, at 1300 pixels."""
+    x = 1200.0 + 8 * torch.arange(40)
+    y = torch.full_like(x, 1300.0)
+    row = torch.stack([x - 4, y - 4, x + 4, y + 4], 1)
+    nearest = torch.arange(30) + 5
+    centre = x[nearest] + 3.99 * torch.where(nearest % 2 == 0, 1.0, -1.0)
+    boxes = torch.stack([centre - 6, y[:30] - 6, centre + 6, y[:30] + 6], 1)
+    for number in (1, 2, 30):  # few boxes and many: torch chooses another form by itself
+        chosen = atss_assign([row], boxes[:number], topk=1)
+        claimed = chosen >= 0
+        assert claimed.sum() == number
+        assert torch.equal(nearest[chosen[claimed]], claimed.nonzero()[:, 0])
+
+
 def _centre(anchor):
     return (anchor[0] + anchor[2]).item() / 2, (anchor[1] + anchor[3]).item() / 2
 

@@ -33,6 +33,17 @@ def test_cells_outside_of_the_mask_do_not_matter(value):
     assert spoilt.grad.isfinite().all() and not spoilt.grad.masked_select(~mask).any()
 
 
+def test_half_precision_is_promoted():
+    """300^2 is beyond float16, and sums of small squares beyond bfloat16."""
+    student, teacher = torch.full((1, 64, 32, 32), 300.0), torch.zeros(1, 64, 32, 32)
+    for dtype in (torch.float16, torch.bfloat16):
+        half = student.to(dtype).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = mimic_loss(half, teacher.to(dtype), torch.ones(1, 1, 32, 32, dtype=torch.bool))
+        assert loss.dtype == torch.float32 and loss.item() == 300.0**2
+        assert torch.autograd.grad(loss, half)[0].dtype == dtype
+
+
 def test_an_empty_mask_gives_zero_with_gradient_zero():
     student = torch.randn(1, 2, 3, 3, requires_grad=True)
     loss = mimic_loss(student, torch.randn(1, 2, 3, 3), torch.zeros(1, 1, 3, 3, dtype=torch.bool))

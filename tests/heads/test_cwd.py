@@ -24,6 +24,11 @@ class TestCWD(HeadContract):
     node = {"TAU": 2.0}
 
 
+class TestStandardisedCWD(HeadContract):
+    name = "CWD"
+    node = {"STANDARDIZE": True}
+
+
 class TestCWDOnLogits(HeadContract):
     name = "CWD"
     node = {"TARGET": "dense"}
@@ -50,6 +55,14 @@ def test_golden_numbers_through_the_head(target, tau, value):
             outputs["dense"][0][0] = values
     loss = build(TAU=tau, LEVELS=("p3",), TARGET=target, WEIGHT=10.0)(ctx)["loss_kd_cwd"]
     assert loss.item() == pytest.approx(10 * value, rel=1e-5)
+
+
+def test_standardised_through_the_head():
+    ctx = make_context(sizes=((32, 48),) * 2, canvas=(32, 48), channels=(3, 3))
+    ctx.student_features["p3"] = wave("student", 2, 3, 4, 6, dtype=torch.float32)
+    ctx.teacher_features["p3"] = wave("teacher", 2, 3, 4, 6, dtype=torch.float32)
+    loss = build(LEVELS=("p3",), STANDARDIZE=True, WEIGHT=10.0)(ctx)["loss_kd_cwd"]
+    assert loss.item() == pytest.approx(10 * 0.72385201, rel=1e-5)
 
 
 def test_levels_are_summed():

@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from .precision import full_precision
 
+EPSILON = 1e-6  # added to variances
+
 
 @full_precision
 def cwd_loss(
@@ -17,6 +19,7 @@ def cwd_loss(
     teacher: torch.Tensor,
     tau: float = 1.0,
     mask: torch.Tensor | None = None,
+    standardize: bool = False,
 ) -> torch.Tensor:
     """KL divergence between channels read as distributions over positions.
 
@@ -35,12 +38,38 @@ def cwd_loss(
         tau: temperature.
         mask: (N, 1, H, W) bool, cells outside take no part in the softmax; None = all cells. Each
             image needs a cell inside. Ours: the paper lets padding take part.
+        standardize: first bring every channel of either side to zero mean and unit deviation, see
+            :func:`standardise` (ours): a softmax is as sharp as its channel is wide, so that of
+            maps without a norm a few wide channels make most of the loss.
 
     Returns:
-        Scalar >= 0 up to rounding, exactly 0 for equal inputs. Its gradient, for the student, is
-        ``tau / (N C) * (phi(student) - phi(teacher))``.
+        Scalar >= 0 up to rounding, exactly 0 for equal inputs. Its gradient, for the student (as it
+        enters the softmax), is ``tau / (N C) * (phi(student) - phi(teacher))``.
     """
+    if standardize:
+        student, teacher = standardise(student, mask), standardise(teacher.detach(), mask)
     return _SpatialKL.apply(student, teacher, float(tau), mask)
+
+
+def standardise(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Every channel with mean 0 and deviation 1 over the cells of all images of the batch.
+
+    ``(x - mean) / sqrt(variance + 1e-6)``, biased, as a batch norm without memory does: images keep
+    their differences. Statistics are those of this process's batch, and carry the gradient.
+
+    Args:
+        values: (N, C, H, W).
+        mask: (N, 1, H, W) bool, the cells that count, at least one; the result is 0 elsewhere.
+            None = all.
+    """
+    if mask is None:
+        variance, mean = torch.var_mean(values, (0, 2, 3), correction=0, keepdim=True)
+        return (values - mean) * (variance + EPSILON).rsqrt()
+    inside = values.masked_fill(~mask, 0.0)  # what lies outside may be infinite
+    mean = inside.sum((0, 2, 3), keepdim=True) / mask.sum()
+    centred = (inside - mean).masked_fill(~mask, 0.0)
+    variance = centred.square().sum((0, 2, 3), keepdim=True) / mask.sum()
+    return centred * (variance + EPSILON).rsqrt()
 
 
 class _SpatialKL(torch.autograd.Function):

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import torch
 
+from .precision import full_precision
 
+
+@full_precision
 def mimic_loss(
     student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -19,6 +19,9 @@ def add_cwd_config(cfg) -> None:
     cfg.KD.CWD = node = head_node(weight=10.0, mask_padding=False)
     # Temperature of the softmax over positions.
     node.TAU = 1.0
+    # True: channels of both sides get zero mean and unit deviation over the valid cells of the
+    # batch before the softmax (ours), for maps without a norm such as "decoder" of Semantic FPN.
+    node.STANDARDIZE = False
     # "features" = backbone outputs; "dense" = classification logits of a one-stage head;
     # "sem_seg" = class logits of a segmentation head; "decoder" = what their last layer reads;
     # "masks", "keypoints" = mask logits and keypoint heatmaps of the student's foreground
@@ -37,6 +40,7 @@ class CWD(MapImitation):
 
     Args:
         tau: temperature.
+        standardize: of :func:`~projects.kd.functional.cwd.cwd_loss`; False as published.
         roi: reader of "masks" or "keypoints", see :class:`RoiMaps`. With ``tau`` 1 the latter
             compares the distributions that Keypoint R-CNN's own loss is about.
         **base: see :class:`MapImitation`. Adapters are linear by default (ours); the published one
@@ -46,9 +50,17 @@ class CWD(MapImitation):
     targets = (*TARGETS, *ROI_TARGETS)
     by_channel = True
 
-    def __init__(self, *, tau: float = 1.0, roi: RoiMaps | None = None, **base):
+    def __init__(
+        self,
+        *,
+        tau: float = 1.0,
+        standardize: bool = False,
+        roi: RoiMaps | None = None,
+        **base,
+    ):
         super().__init__(**base)
         self.tau = tau
+        self.standardize = standardize
         self.roi = roi
         self.needs_boxes = roi is not None
         if roi is not None:
@@ -61,8 +73,9 @@ class CWD(MapImitation):
         node = cfg.KD.CWD
         if node.TAU <= 0:
             raise ConfigError(f"KD.CWD.TAU is {node.TAU}, it must be positive")
+        own = {"tau": node.TAU, "standardize": node.STANDARDIZE}
         if node.TARGET not in ROI_TARGETS:
-            return {**super().from_config(cfg, student, teacher), "tau": node.TAU}
+            return {**super().from_config(cfg, student, teacher), **own}
         if node.LEVELS:
             raise ConfigError(f"KD.CWD.LEVELS: TARGET '{node.TARGET}' has no levels; use ()")
         scale = cfg.KD.TEACHER.INPUT_SCALE
@@ -71,7 +84,7 @@ class CWD(MapImitation):
             "weight": node.WEIGHT,
             "mask_padding": node.MASK_PADDING,
             "target": node.TARGET,
-            "tau": node.TAU,
+            **own,
             "roi": RoiMaps.build(node.TARGET, student, teacher, "KD.CWD.TARGET", scale),
         }
 
@@ -80,9 +93,9 @@ class CWD(MapImitation):
         if self.roi is not None:
             student, teacher = self.roi.read(ctx)
             # without regions the mean is one over nothing
-            loss = cwd_loss(student, teacher, self.tau) if len(student) else student.sum()
+            loss = self._divergence(student, teacher) if len(student) else student.sum()
             return {"loss_kd_cwd": self.weight * loss}
-        total = sum(
-            cwd_loss(student, teacher, self.tau, mask) for student, teacher, mask in self.maps(ctx)
-        )
-        return {"loss_kd_cwd": self.weight * total}
+        return {"loss_kd_cwd": self.weight * sum(self._divergence(*x) for x in self.maps(ctx))}
+
+    def _divergence(self, student, teacher, mask=None) -> torch.Tensor:
+        return cwd_loss(student, teacher, self.tau, mask, self.standardize)

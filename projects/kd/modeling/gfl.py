@@ -96,6 +96,11 @@ class GFL(SquareAnchorDetector):
     focal loss (mean of a box's sides) at positives, each weighted by the location's best class
     score and divided by the sum of these weights. Both divisors are means over processes.
 
+    As in detectron2's detectors, and unlike the authors' code: an image without positives adds
+    nothing to their number (there it adds 1), and locations in the padding of a batch are
+    background and candidates (there those beyond the image, padded to the pyramid's stride, have no
+    part in it).
+
     Args:
         anchor_generator: one square of ANCHOR_SCALE strides a location.
         topk_assign: see :func:`~projects.kd.functional.atss.atss_assign`.

@@ -58,6 +58,11 @@ class RepPoints(SquareAnchorDetector):
     and divided by the number of positives; focal loss divided by the latter. Divisors are means
     over processes (ours; the authors' code divides by each process's own).
 
+    As in detectron2's detectors, and unlike the authors' code: an image without positives adds
+    nothing to their numbers (there it adds 1), and locations in the padding of a batch are
+    background and candidates (there those beyond the image, padded to the pyramid's stride, have no
+    part in it).
+
     Args:
         head: a :class:`RepPointsHead`.
         box2box_transform: a :class:`PointBoxes`.
