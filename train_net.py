@@ -72,6 +72,7 @@ def evaluate_only(cfg: CfgNode, args):
         cfg.OUTPUT_DIR,
         allow_pickle=cfg.KD.ALLOW_PICKLE,
         use_ema=cfg.SOLVER.EMA.EVAL_ONLY,
+        complete=True,
     ).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     results = DistillTrainer.test(cfg, student)
     if cfg.TEST.AUG.ENABLED:

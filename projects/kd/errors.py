@@ -58,6 +58,14 @@ class Stopped(SystemExit):
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM)
 
 
+def disk_line(error: BaseException) -> str | None:
+    """The line for a fault of the disk that nobody has put into words; None if it is none."""
+    reason = disk_fault(error)
+    if reason is None:
+        return None
+    return f"{reason}; OUTPUT_DIR, or --output of a tool, names the folder that is written to"
+
+
 def disk_fault(error: BaseException | None) -> str | None:
     """What is wrong with the disk, in words, if an error or a cause of it says so.
 
@@ -114,13 +122,8 @@ def exit_on_user_error():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)  # on the way out, with this status
         raise
-    except OSError as error:
-        reason = disk_fault(error)
-        if reason is None:
-            raise
-        _exit(f"{reason}; OUTPUT_DIR, or --output of a tool, names the folder that is written to")
-    except Exception as error:  # a worker's traceback, re-raised by torch as text
-        line = _line_of_worker_error(str(error))
+    except Exception as error:  # also a worker's traceback, re-raised by torch as text
+        line = disk_line(error) or _line_of_worker_error(str(error))
         if line is None:
             raise
         _exit(line)

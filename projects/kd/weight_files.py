@@ -103,10 +103,9 @@ def _kind(path: str, key: str) -> str:
             raise ConfigError(f"{key}: '{path}' {what}")
     if head.startswith(b"PK"):
         return "zip"
-    if path.endswith(".safetensors"):
-        return "safetensors"
     starts = head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= size - 8
-    return "safetensors" if starts else "other"
+    pickled = head.startswith(b"\x80")
+    return "safetensors" if starts or path.endswith(".safetensors") and not pickled else "other"
 
 
 def _read_safetensors(path: str, key: str) -> dict[str, torch.Tensor]:

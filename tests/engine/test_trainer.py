@@ -9,61 +9,19 @@ import numpy as np
 import pytest
 import torch
 import toy_data
+from kd_runs import ITERATIONS, interrupt, run_settings, start
 
 from projects.kd import evaluation
 from projects.kd.engine.hooks import running_floats, set_floats
-from projects.kd.engine.trainer import DistillTrainer
 from projects.kd.errors import ConfigError, DataError, TrainingError
 
 NAME = "noise_trainer"
-ITERATIONS = 6
 
 
 @pytest.fixture(autouse=True)
 def data(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "evaluate", lambda cfg, model: {"bbox": {"AP": 1.0}})
     return toy_data.register_noise(tmp_path, NAME)
-
-
-def run_settings(tmp_path, folder):
-    return {
-        "MODEL__BACKBONE__NAME": "build_toy_fpn_backbone",
-        "DATASETS__TRAIN": (NAME,),
-        "DATASETS__TEST": (),
-        "INPUT__MIN_SIZE_TRAIN": (32, 48),
-        "INPUT__MAX_SIZE_TRAIN": 64,
-        "SOLVER__MAX_ITER": ITERATIONS,
-        "SOLVER__STEPS": (5,),
-        "SOLVER__WARMUP_ITERS": 4,
-        "SOLVER__CHECKPOINT_PERIOD": 2,
-        "SOLVER__BASE_LR": 0.02,
-        "SEED": 11,
-        "OUTPUT_DIR": str(tmp_path / folder),
-    }
-
-
-def start(cfg, resume=False, seed=0):
-    torch.manual_seed(seed)
-    trainer = DistillTrainer(cfg)
-    trainer.resume_or_load(resume)
-    return trainer
-
-
-class Interrupt(Exception):
-    pass
-
-
-def interrupt(trainer, at):
-    step = trainer.run_step
-
-    def run_step():
-        if trainer.iter == at:
-            raise Interrupt
-        step()
-
-    trainer.run_step = run_step
-    with pytest.raises(Interrupt):
-        trainer.train()
 
 
 def scramble():
@@ -109,11 +67,11 @@ def metrics(folder):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, workers):
-    straight = start(kd_models.tiny_cfg(**run_settings(tmp_path, "straight")))
+    straight = start(kd_models.tiny_cfg(**run_settings(tmp_path, "straight", NAME)))
     straight.train()
     assert straight.student.loss_normalizer != 100
 
-    settings = run_settings(tmp_path, "broken") | {"DATALOADER__NUM_WORKERS": workers}
+    settings = run_settings(tmp_path, "broken", NAME) | {"DATALOADER__NUM_WORKERS": workers}
     cfg = kd_models.tiny_cfg(**settings)
     interrupt(start(cfg), at=5)  # loses iteration 4, which is after the last checkpoint
     scramble()
@@ -145,7 +103,7 @@ def test_distilling_run_resumes_with_its_heads(tmp_path):
     }
 
     def cfg(folder):
-        return kd_models.distill_cfg(teacher, **(run_settings(tmp_path, folder) | settings))
+        return kd_models.distill_cfg(teacher, **(run_settings(tmp_path, folder, NAME) | settings))
 
     straight = start(cfg("straight"))
     adapters = straight.model.heads.state_dict()
@@ -167,7 +125,7 @@ def test_distilling_run_resumes_with_its_heads(tmp_path):
 
 
 def test_random_seed_is_kept_in_the_checkpoint(tmp_path):
-    settings = run_settings(tmp_path, "run") | {"SEED": -1}
+    settings = run_settings(tmp_path, "run", NAME) | {"SEED": -1}
     first = start(kd_models.tiny_cfg(**settings), seed=5)
     interrupt(first, at=5)
     np.random.seed(77)
@@ -186,7 +144,7 @@ def test_evaluation_gets_the_plain_student_and_the_averaged_weights(tmp_path, mo
         return {"bbox": {"AP": 1.0}}
 
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
-    settings = run_settings(tmp_path, "run") | {
+    settings = run_settings(tmp_path, "run", NAME) | {
         "SOLVER__EMA__ENABLED": True,
         "SOLVER__EMA__EVAL_ONLY": True,
         "SOLVER__EMA__DECAY": 0.5,
@@ -202,14 +160,14 @@ def test_evaluation_gets_the_plain_student_and_the_averaged_weights(tmp_path, mo
 
 
 def test_precise_bn_leaves_the_loss_normaliser_alone(tmp_path):
-    settings = run_settings(tmp_path, "run") | {
+    settings = run_settings(tmp_path, "run", NAME) | {
         "TEST__PRECISE_BN__ENABLED": True,
         "TEST__PRECISE_BN__NUM_ITER": 2,
         "TEST__EVAL_PERIOD": 2,
     }
     with_it = start(kd_models.tiny_cfg(**settings))
     with_it.train()
-    without = start(kd_models.tiny_cfg(**run_settings(tmp_path, "other")))
+    without = start(kd_models.tiny_cfg(**run_settings(tmp_path, "other", NAME)))
     without.train()
     assert curve(with_it) == curve(without)
     name = "backbone.bottom_up.stages.0.1.running_mean"
@@ -219,7 +177,7 @@ def test_precise_bn_leaves_the_loss_normaliser_alone(tmp_path):
 def test_nan_stops_with_the_last_checkpoint(tmp_path, monkeypatch):
     evaluated = []
     monkeypatch.setattr(evaluation, "evaluate", lambda cfg, model: evaluated.append(1) or {})
-    trainer = start(kd_models.tiny_cfg(**run_settings(tmp_path, "run")))
+    trainer = start(kd_models.tiny_cfg(**run_settings(tmp_path, "run", NAME)))
     step = trainer.run_step
 
     def run_step():
@@ -246,16 +204,16 @@ def test_user_errors_leave_no_traceback_in_the_log(tmp_path, data):
     try:
         (tmp_path / f"{NAME}_3.png").unlink()
         with pytest.raises(DataError, match=f"{NAME}_3.png"):
-            start(kd_models.tiny_cfg(**run_settings(tmp_path, "run"))).train()
+            start(kd_models.tiny_cfg(**run_settings(tmp_path, "run", NAME))).train()
         assert not records
-        interrupt(start(kd_models.tiny_cfg(**run_settings(tmp_path, "other"))), at=0)
+        interrupt(start(kd_models.tiny_cfg(**run_settings(tmp_path, "other", NAME))), at=0)
         assert len(records) == 1  # a defect keeps its traceback
     finally:
         log.removeHandler(handler)
 
 
 def test_changed_optimizer_cannot_resume(tmp_path):
-    settings = run_settings(tmp_path, "run")
+    settings = run_settings(tmp_path, "run", NAME)
     interrupt(start(kd_models.tiny_cfg(**settings)), at=3)
     merged = settings | {"SOLVER__WEIGHT_DECAY_NORM": 0.0001}  # as all others: one group
     with pytest.raises(ConfigError, match="parameter groups of optimizer 'student'"):

@@ -34,6 +34,7 @@ class DistillCheckpointer(SafeCheckpointer):
         allow_pickle: KD.ALLOW_PICKLE.
         allow_missing_distill: KD.ALLOW_MISSING_DISTILL.
         use_ema: load the entry ``ema`` in place of ``model`` (evaluation).
+        complete: refuse weights that leave a part of the student random (evaluation).
         **checkpointables: objects with ``state_dict``/``load_state_dict``; the imitation heads are
             ``distill``. Those that communicate need :meth:`save` called on all ranks.
     """
@@ -46,11 +47,13 @@ class DistillCheckpointer(SafeCheckpointer):
         allow_pickle: bool = False,
         allow_missing_distill: bool = False,
         use_ema: bool = False,
+        complete: bool = False,
         **checkpointables: Any,
     ):
         super().__init__(student, save_dir, allow_pickle=allow_pickle, **checkpointables)
         self.allow_missing_distill = allow_missing_distill
         self.use_ema = use_ema
+        self.complete = complete
         self._resuming = False
         self.last_saved = -1  # the iteration of the last checkpoint written by this process
 
@@ -204,6 +207,13 @@ class DistillCheckpointer(SafeCheckpointer):
                 f"--resume: '{self._name}' is of another model than MODEL in this config: "
                 f"{len(unmatched)} entries do not fit and {len(missing)} are missing, e.g. "
                 f"{(unmatched + missing)[0]}"
+            )
+        lacking = missing + [name for name, *_ in incompatible.incorrect_shapes]
+        if self.complete and lacking:
+            raise ConfigError(
+                f"{self.key}: '{self._name}' lacks {len(lacking)} of the parameters and buffers of "
+                f"the student as MODEL describes it, which would be evaluated with random ones: "
+                f"{modules_in(lacking)}; its {len(self.names)} entries are {modules_in(self.names)}"
             )
         matched = total - len(unmatched)
         if matched <= 0 or matched < total / 2:

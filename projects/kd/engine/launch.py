@@ -20,7 +20,7 @@ from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import ProcessException
 
 from ..arguments import fail
-from ..errors import ConfigError, Stopped, UserError, disk_fault
+from ..errors import ConfigError, Stopped, UserError, disk_line
 from .stopping import NOT_TRAINING, passed_on, stop_at_once
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -99,7 +99,7 @@ def _run_spawned(main, args, ends) -> None:
         if comm.get_local_rank() == 0:
             ends.put(stop.signum)
     except Exception as error:
-        line = str(error) if isinstance(error, UserError) else disk_fault(error)
+        line = str(error) if isinstance(error, UserError) else disk_line(error)
         if line is None:
             raise
         ends.put(line)

@@ -139,19 +139,24 @@ def _kind(state: Mapping) -> str:
 
 
 def place_schedules(
-    schedulers: Sequence[torch.optim.lr_scheduler.LRScheduler], settings: Sequence[dict]
+    schedulers: Sequence[torch.optim.lr_scheduler.LRScheduler],
+    settings: Sequence[dict],
+    max_iter: int,
 ) -> None:
     """Schedules with the config's settings go on from the iteration that a checkpoint has put in.
 
     Args:
         schedulers: just loaded, so that they also have the checkpoint's base rates.
         settings: their ``vars`` from before loading.
+        max_iter: where they end; behind it nothing is trained, and they have no rate.
     """
     for scheduler, own in zip(schedulers, settings, strict=True):
         iteration = scheduler.last_epoch
         vars(scheduler).update(own)
         scheduler.last_epoch = iteration
         scheduler._step_count = iteration + 1
+        if iteration > max_iter:
+            continue
         rates = scheduler.get_lr()
         for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate

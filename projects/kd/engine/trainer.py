@@ -287,20 +287,20 @@ class DistillTrainer(DefaultTrainer):
             if not used:
                 raise
             raise ConfigError(f"{error}; changed since then: {listing(used)}") from error
-        place_schedules(schedulers, settings)
+        place_schedules(schedulers, settings, self.max_iter)
         if used:
             logger.warning(
-                f"--resume: from iteration {state['iteration'] + 1} on other values than before, "
-                f"so the run does not continue exactly: {listing(used)}"
+                f"--resume: from iteration {state['iteration'] + 1} on other values than before: "
+                f"{listing(used)}"
             )
         if idle:
             logger.warning(
                 "--resume: without effect, since the checkpoint's weights and seed are used: "
                 f"{listing(idle)}"
             )
-            keep_old_values(self.cfg, idle)
         if self.cfg.SEED < 0:
             self.seed = state["seed"]
+        keep_old_values(self.cfg, idle)
         running = state["running"]
         if len(running) != comm.get_world_size():
             logger.warning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -209,12 +210,18 @@ class LogFile(logging.FileHandler):
             self.stream.flush()
         except OSError as error:
             self.failed = True
+            self.close()
             reason = disk_fault(error) or error
             print(
                 f"WARNING {self.baseFilename} cannot be written: {reason}; the log goes to the "
                 "console alone",
                 file=sys.stderr,
             )
+
+    def close(self) -> None:
+        """See logging; what a full disk did not take stays unwritten."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 @functools.cache  # one handler for a file, however often a process comes here
