@@ -219,9 +219,13 @@ class DistillTrainer(DefaultTrainer):
             )
         writable_folder(self.cfg.OUTPUT_DIR, "OUTPUT_DIR")
         with stopping.stop_after_step():
-            super().train()
-            if self._trainer.stopping:  # in the evaluation at the end
-                self._raise_stopped()
+            try:
+                super().train()
+                if self._trainer.stopping:  # in the evaluation at the end
+                    self._raise_stopped()
+            except Stopped as stop:
+                logger.warning(stop.line)  # the last line of the run
+                raise
         return getattr(self, "_last_eval_results", None)
 
     def run_step(self) -> None:
@@ -254,13 +258,8 @@ class DistillTrainer(DefaultTrainer):
             if iteration >= 0
             else "no iteration was added"
         )
-        stop = Stopped(
-            self._trainer.stopping,
-            f"{done}; to go on: {stopping.command_to_resume()}",
-            told=True,
-        )
-        logger.warning(stop.line)
-        raise stop
+        what = f"{done}; to go on: {stopping.command_to_resume()}"
+        raise Stopped(self._trainer.stopping, what, told=True)
 
     def state_dict(self) -> dict:
         """All but the weights; every rank must call it together."""
