@@ -155,6 +155,51 @@ def test_calibrate_measures_heads_on_backbone_stages_there(config):
     assert weight > 0 and entry["share"]["median"] == pytest.approx(0.3, rel=1e-4)
 
 
+def test_calibrate_shows_how_a_share_grows(config, folder, capsys):
+    """Checkpoints of a run with their adapters; each as if it had been measured alone."""
+    opts = ("KD.HEADS", "('CWD',)", "KD.ADAPTER.TYPE", "conv1x1")
+    cfg = load_config(config, [*opts])
+    files = []
+    for seed in (1, 2):
+        model = kd_models.build_wrapper(cfg, seed)
+        files.append(str(folder / f"model_000000{seed}.pth"))
+        state = {"model": model.student.state_dict(), "distill": model.heads.state_dict()}
+        if seed == 2:  # what the task losses are divided by
+            state["trainer"] = {"running": [{"student.loss_normalizer": 1000.0}]}
+        torch.save(state, files[-1])
+    calibrate = tool("calibrate")
+    words = ("--config-file", config, "--batches", 1)
+    both = calibrate("--weights", *files, *words, *opts)["checkpoints"]
+    assert [x["weights"] for x in both] == files
+    header, _, line = capsys.readouterr().out.splitlines()[-4:-1]
+    assert header.split() == ["share", "of", "task", "model_0000001", "model_0000002"]
+    for file, report in zip(files, both, strict=True):
+        (alone,) = calibrate("--weights", file, *words, *opts)["checkpoints"]
+        assert alone["heads"] == report["heads"]
+        share = report["heads"]["CWD"]["share"]
+        assert f"{share['median']:.4g}" in line
+    assert both[0]["heads"]["CWD"]["share"] != both[1]["heads"]["CWD"]["share"]
+    at_rest = {**state, "trainer": {}}
+    torch.save(at_rest, folder / "at_rest.pth")
+    (other,) = calibrate("--weights", folder / "at_rest.pth", *words, *opts)["checkpoints"]
+    ratio = (
+        other["task_losses"]["all"]["loss"]["median"]
+        / (both[1]["task_losses"]["all"]["loss"]["median"])
+    )
+    assert 5 < ratio < 12, "100 in place of 1000, moved by one batch"
+    # a student alone has other adapters: not what the run had
+    student = calibrate(*words, *opts, "MODEL.WEIGHTS", files[0])["heads"]["CWD"]["share"]
+    assert student != both[0]["heads"]["CWD"]["share"]
+    torch.save({"model": state["model"]}, folder / "student.pth")
+    for file, line in (
+        (folder / "student.pth", r"^--weights: .*no student with its imitation heads"),
+        (folder / "none.pth", r"^--weights"),
+    ):
+        with pytest.raises(ConfigError, match=line) as error:
+            calibrate("--weights", file, *words, *opts)
+        assert "\n" not in str(error.value)
+
+
 def test_calibrate_refuses_what_it_cannot_measure(config):
     calibrate = tool("calibrate")
     with pytest.raises(ConfigError, match=r"KD\.META_ARCHITECTURE"):

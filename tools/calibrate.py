@@ -2,17 +2,23 @@
 """How strong each imitation head is beside the task losses, and which weight would balance it.
 
     python tools/calibrate.py --config-file CONFIG [--batches 20] [--target 0.5] [KEY VALUE ...]
+    python tools/calibrate.py --weights model_0000499.pth model_0001999.pth model_final.pth \\
+        --config-file CONFIG
 
 Runs the student of MODEL.WEIGHTS and the teacher over batches of DATASETS.TRAIN without training,
 and takes for every loss the L2 norm of its gradient at the student's features (all paired levels
 together; for a head that reads stages of the backbone, at these). For each head: its loss at weight
 1 and at its weight in the config (schedules apart), its gradient norm in parts of the norm of all
 task losses together, and the weight that would bring that share to --target. Numbers are medians
-over the batches, in brackets the quartiles. Early and late in training they differ: give a trained
-student as MODEL.WEIGHTS to see the latter. The JSON file goes to OUTPUT_DIR/calibration.json, or
+over the batches, in brackets the quartiles. The JSON file goes to OUTPUT_DIR/calibration.json, or
 where --output says.
 
-Share 0.5 as a start is ours: strong enough to matter, weaker than what the boxes say.
+Early and late in training they differ, since task losses fall: a share that is right at the start
+may be too much at the end. --weights takes several checkpoints of one run, with their heads, and
+prints the share of each head at each, on the same batches.
+
+That a share of 0.5 is a good one is unproven. On pictures where CWD helped most it had 30 times the
+task's gradient early in training; take a suggested weight as a place to start looking.
 """
 
 from __future__ import annotations
@@ -33,9 +39,10 @@ from projects.kd import ConfigError, build_training_model, check_config, load_co
 from projects.kd.arguments import Parser, number, output_file, whole  # noqa: E402
 from projects.kd.data.loader import build_train_loader  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
+from projects.kd.engine.hooks import floats_kept, set_floats  # noqa: E402
 from projects.kd.errors import exit_on_user_error  # noqa: E402
 from projects.kd.measure import Progress, Spread, gradient_norm  # noqa: E402
-from projects.kd.weights import load_detector  # noqa: E402
+from projects.kd.weights import load_detector, load_run  # noqa: E402
 
 
 def parse_arguments(argv=None):
@@ -43,7 +50,18 @@ def parse_arguments(argv=None):
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--batches", type=whole(1), default=20)
     parser.add_argument(
-        "--target", type=number(1e-6), default=0.5, help="wanted share of the gradient"
+        "--target",
+        type=number(1e-6),
+        default=0.5,
+        help="wanted share of the gradient; that the default is a good one is unproven",
+    )
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="checkpoints of one run, the oldest first, in place of MODEL.WEIGHTS; other flags "
+        "follow before KEY VALUE",
     )
     parser.add_argument(
         "--output", type=output_file, default="", help="default: OUTPUT_DIR/calibration.json"
@@ -108,10 +126,11 @@ def summarise(model, measured, target: float) -> dict:
     return report
 
 
-def table(report: dict) -> str:
-    def show(spread):
-        return "{median:.4g} ({low:.3g}-{high:.3g})".format(**spread) if spread else "none"
+def show(spread: dict | None) -> str:
+    return "{median:.4g} ({low:.3g}-{high:.3g})".format(**spread) if spread else "none"
 
+
+def table(report: dict) -> str:
     rows = [
         [name, "", "", show(entry["loss"]), show(entry["gradient"]), show(entry["share"]), ""]
         for name, entry in report["task_losses"].items()
@@ -125,6 +144,33 @@ def table(report: dict) -> str:
     return tabulate(rows, header, disable_numparse=True)
 
 
+def growth(reports: list[dict]) -> str:
+    """Share of every head, a column a checkpoint."""
+    header = ["share of task"]
+    header += [os.path.basename(x["weights"]).removesuffix(".pth") for x in reports]
+    rows = [
+        [name, *(show(x["heads"][name]["share"]) for x in reports)] for name in reports[0]["heads"]
+    ]
+    return tabulate(rows, header, disable_numparse=True)
+
+
+def measure(cfg, model, number: int, progress) -> list[tuple[dict, dict]]:
+    """:func:`measure_batch` on the first batches of training, always the same ones."""
+    seed = max(cfg.SEED, 0)
+    torch.manual_seed(seed)
+    batches = iter(build_train_loader(cfg, seed=seed))
+    amp = cfg.SOLVER.AMP
+    dtype = getattr(torch, amp.DTYPE) if amp.ENABLED else None
+    measured = []
+    # after the last iteration, when every schedule inside of a head is over
+    with EventStorage(cfg.SOLVER.MAX_ITER):
+        for _ in range(number):
+            with torch.autocast(model.device.type, dtype=dtype, enabled=amp.ENABLED):
+                measured.append(measure_batch(model, next(batches)))
+            progress.tick("batches")
+    return measured
+
+
 def main(args):
     setup_logger()
     setup_logger(name="projects")
@@ -135,30 +181,30 @@ def main(args):
     check_config(cfg)
     torch.manual_seed(max(cfg.SEED, 0))
     model = build_training_model(cfg).train()
-    if cfg.MODEL.WEIGHTS:
+    if cfg.MODEL.WEIGHTS and not args.weights:
         load_detector(model.student, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", cfg.KD.ALLOW_PICKLE)
-    amp = cfg.SOLVER.AMP
-    dtype = getattr(torch, amp.DTYPE) if amp.ENABLED else None
-    progress = Progress(args.batches)
-    batches = iter(build_train_loader(cfg, seed=max(cfg.SEED, 0)))
-    measured = []
-    # after the last iteration, when every schedule inside of a head is over
-    with EventStorage(cfg.SOLVER.MAX_ITER):
-        for _ in range(args.batches):
-            with torch.autocast(model.device.type, dtype=dtype, enabled=amp.ENABLED):
-                measured.append(measure_batch(model, next(batches)))
-            progress.tick("batches")
+    progress = Progress(args.batches * max(len(args.weights), 1))
     report = {
         "config": args.config_file,
         "opts": args.opts,
-        "weights": cfg.MODEL.WEIGHTS,
         "batches": args.batches,
         "images": cfg.SOLVER.IMS_PER_BATCH,
         "target": args.target,
         "levels": list(model.level_map),
-        **summarise(model, measured, args.target),
     }
-    print(table(report))
+    if args.weights:
+        report["checkpoints"] = found = []
+        for path in args.weights:
+            content = load_run(model, path, "--weights", cfg.KD.ALLOW_PICKLE)
+            with floats_kept(model):  # normalisers of the losses, of the run's first process
+                set_floats(model, content.get("trainer", {}).get("running", [{}])[0])
+                measured = measure(cfg, model, args.batches, progress)
+            found.append({"weights": path, **summarise(model, measured, args.target)})
+        print(growth(found))
+    else:
+        measured = measure(cfg, model, args.batches, progress)
+        report |= {"weights": cfg.MODEL.WEIGHTS, **summarise(model, measured, args.target)}
+        print(table(report))
     path = args.output or os.path.join(cfg.OUTPUT_DIR, "calibration.json")
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path, "w") as file:

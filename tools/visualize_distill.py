@@ -39,17 +39,14 @@ from projects.kd.data.mapper import NamedErrors  # noqa: E402
 from projects.kd.data.multi_resolution_mapper import MultiResolutionMapper  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.distiller import paired_infos  # noqa: E402
-from projects.kd.engine.checkpoint import Heads  # noqa: E402
 from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
-from projects.kd.files import resolve_weights  # noqa: E402
 from projects.kd.functional.icd import summed_attention  # noqa: E402
 from projects.kd.functional.icd_values import token_distance  # noqa: E402
 from projects.kd.heads.icd import fgfi_mask  # noqa: E402
 from projects.kd.heads.icd_decoder import project  # noqa: E402
 from projects.kd.inherit import inherit  # noqa: E402
 from projects.kd.pictures import data_set_entry, write_picture  # noqa: E402
-from projects.kd.weight_files import read_torch_file  # noqa: E402
-from projects.kd.weights import load_detector  # noqa: E402
+from projects.kd.weights import load_detector, load_run  # noqa: E402
 
 
 def load_example(cfg, dataset: str, index: int) -> dict:
@@ -224,15 +221,7 @@ def main(argv=None) -> None:
         inherit(model.student, model.teacher.model, cfg.KD.INIT_FROM_TEACHER)
     before = Views(cfg, model, example)
 
-    content = read_torch_file(resolve_weights(args.checkpoint, "--checkpoint"), "--checkpoint")
-    if "distill" not in content:
-        raise ConfigError(
-            f"--checkpoint: {args.checkpoint} is of no distillation run (no 'distill')"
-        )
-    missing = load_detector(model.student, args.checkpoint, "--checkpoint")
-    if missing:
-        raise ConfigError(f"--checkpoint: {args.checkpoint} lacks {missing[0]} of the student")
-    Heads(model.heads).load_state_dict(content["distill"])
+    load_run(model, args.checkpoint, "--checkpoint")
     after = Views(cfg, model, example)
 
     attention = after.attention(chosen)

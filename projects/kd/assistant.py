@@ -13,11 +13,9 @@ from torch import nn
 from .data.multi_resolution_mapper import MultiResolutionMapper
 from .distiller import DistillMetaArch, build_training_model
 from .errors import ConfigError
-from .files import resolve_weights
 from .heads.csa import CSA
 from .predict.base import step_precision
-from .weight_files import read_torch_file
-from .weights import load_detector
+from .weights import load_run
 
 logger = logging.getLogger(__name__)
 
@@ -76,22 +74,7 @@ def build_assistant(cfg) -> tuple[AssistantDetector, MultiResolutionMapper]:
     if not path:
         raise ConfigError("MODEL.WEIGHTS is empty: name the training checkpoint to evaluate")
     wrapper = build_training_model(cfg).eval()
-    missing = load_detector(wrapper.student, path, "MODEL.WEIGHTS", cfg.KD.ALLOW_PICKLE)
-    heads = None
-    if not missing:
-        content = read_torch_file(resolve_weights(path), "MODEL.WEIGHTS", cfg.KD.ALLOW_PICKLE)
-        heads = content.get("distill")
-    if heads is None:
-        raise ConfigError(
-            f"MODEL.WEIGHTS: '{path}' holds no student with its imitation heads; --assistant needs "
-            "a checkpoint that training has written to OUTPUT_DIR"
-        )
-    try:
-        wrapper.heads.load_state_dict(heads)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"MODEL.WEIGHTS: the heads in '{path}' are not those of KD.HEADS and KD.CSA: {error}"
-        ) from error
+    load_run(wrapper, path, "MODEL.WEIGHTS", cfg.KD.ALLOW_PICKLE)
     return AssistantDetector(wrapper), MultiResolutionMapper(cfg, is_train=False)
 
 

@@ -227,3 +227,35 @@ def load_detector(
 ) -> list[str]:
     """:func:`load_weights`, of which only the names that were missing are wanted."""
     return load_weights(model, weights, key, allow_pickle).missing
+
+
+def load_run(wrapper: nn.Module, path: str, key: str, allow_pickle: bool = False) -> dict:
+    """Student and imitation heads of a checkpoint that a distillation has written.
+
+    Args:
+        wrapper: the training model, with ``student`` and ``heads``.
+        path: of the checkpoint.
+        key: config key or flag that names it, for messages.
+        allow_pickle: KD.ALLOW_PICKLE.
+
+    Returns:
+        The file's content.
+
+    Raises:
+        ConfigError: not such a file, or one of another student or of other heads.
+    """
+    missing = load_detector(wrapper.student, path, key, allow_pickle)
+    content = read_torch_file(resolve_weights(path, key), key, allow_pickle)
+    if missing or "distill" not in content:
+        raise ConfigError(
+            f"{key}: '{path}' holds no student with its imitation heads; give a checkpoint that "
+            "distillation has written to its OUTPUT_DIR"
+        )
+    try:
+        wrapper.heads.load_state_dict(content["distill"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{key}: the heads in '{path}' are not those of KD.HEADS and their settings: {reason}"
+        ) from error
+    return content

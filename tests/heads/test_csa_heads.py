@@ -138,6 +138,18 @@ def test_it_starts_from_the_weights_that_training_starts_from(head, name, teache
         assert all(torch.equal(a, b) for a, b in zip(before, loaded, strict=True)), "resumed"
 
 
+def test_a_state_from_before_the_start_starts_anew(teachers):
+    model = wrapper("RetinaNet", teachers, "copy")
+    state = {k: v.clone() for k, v in model.heads.state_dict().items()}
+    own, mine = (x.cls_score.bias for x in (model.student.head, model.heads["CSA"].head.parts[0]))
+    kd_models.losses_at(model, batch("RetinaNet"), 0)
+    with torch.no_grad():
+        own.add_(1.0)
+    model.heads.load_state_dict(state)
+    kd_models.losses_at(model, batch("RetinaNet"), 1)
+    assert torch.equal(own, mine)
+
+
 def test_while_idle_a_copy_follows_the_student(teachers):
     model = wrapper("RetinaNet", teachers, "copy", KD__CSA__IDLE_ITERS=3)
     csa, student = model.heads["CSA"], model.student

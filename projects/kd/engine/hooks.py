@@ -128,13 +128,9 @@ class PreciseBN(hooks.PreciseBN):
         if self._disabled:
             return
         self._data_iter = None
-        before = running_floats(self._model, {})
-        super().update_stats()
+        with floats_kept(self._model):
+            super().update_stats()
         self._data_iter = None
-        for name in running_floats(self._model, {}).keys() - before.keys():
-            module, attribute = _split(self._model, name)
-            delattr(module, attribute)
-        set_floats(self._model, before)
 
 
 def running_floats(model: nn.Module, constants: Mapping[str, float]) -> dict[str, float]:
@@ -156,6 +152,19 @@ def running_floats(model: nn.Module, constants: Mapping[str, float]) -> dict[str
         for name, value in vars(module).items()
         if type(value) is float and constants.get(f"{path}.{name}") != value
     }
+
+
+@contextlib.contextmanager
+def floats_kept(model: nn.Module):
+    """What :func:`running_floats` gives is after the context what it was before."""
+    before = running_floats(model, {})
+    try:
+        yield
+    finally:
+        for name in running_floats(model, {}).keys() - before.keys():
+            module, attribute = _split(model, name)
+            delattr(module, attribute)
+        set_floats(model, before)
 
 
 def set_floats(model: nn.Module, values: Mapping[str, float]) -> None:

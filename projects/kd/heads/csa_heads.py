@@ -52,6 +52,7 @@ class AssistantHead(nn.Module):
             self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         self._average = MovingAverage(decay)
         self._started = False  # what the buffer said: it costs a transfer to ask
+        self.register_load_state_dict_post_hook(_ask_again)
 
     def _of(self, model: nn.Module) -> nn.ModuleList:
         return nn.ModuleList(model.get_submodule(path) for path in self.paths)
@@ -87,6 +88,10 @@ class AssistantHead(nn.Module):
     def predict(self, ctx: DistillContext, features: Mapping[str, torch.Tensor], assigned):
         """:meth:`Predictor.predict` by this head; "copy" alone gets gradients of its own."""
         return self.predictor(ctx).predict(features, assigned, constant=self.kind != "copy")
+
+
+def _ask_again(head: AssistantHead, _) -> None:
+    head._started = False
 
 
 def build_assistant_head(cfg, student: ModelInfo, teacher: ModelInfo) -> AssistantHead:
