@@ -21,13 +21,14 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 
 from projects.kd import check_config, load_config
+from projects.kd.data.image_check import check_images
 from projects.kd.data.register import register_configured
 from projects.kd.engine.checkpoint import DistillCheckpointer, output_checkpoint
 from projects.kd.engine.launch import argument_parser, launch_training
 from projects.kd.engine.setup import start_run
 from projects.kd.engine.trainer import DistillTrainer
 from projects.kd.errors import ConfigError, exit_on_user_error
-from projects.kd.evaluation import evaluate
+from projects.kd.evaluation import check_evaluation, evaluate
 from projects.kd.tta import tta_class
 
 logger = logging.getLogger("detectron2.train_net")
@@ -52,6 +53,8 @@ def setup(args) -> CfgNode:
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} already holds {found} of another run: add --resume to "
             "continue it, or choose another OUTPUT_DIR"
         )
+    check_evaluation(cfg)
+    check_images(cfg, training=not args.eval_only)
     comm.synchronize()  # no rank may write before all have looked
     start_run(cfg, args)
     return cfg

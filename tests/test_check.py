@@ -58,6 +58,8 @@ def test_a_good_config_passes(cfg):
         ("SOLVER.ACCUM_STEPS", 0, r"^SOLVER\.ACCUM_STEPS is 0"),
         ("SOLVER.GATHER_METRIC_PERIOD", 0, r"^SOLVER\.GATHER_METRIC_PERIOD is 0"),
         ("SOLVER.MAX_ITER", 0, r"^SOLVER\.MAX_ITER is 0"),
+        ("SOLVER.CHECKPOINT_PERIOD", 0, r"^SOLVER\.CHECKPOINT_PERIOD is 0"),
+        ("SOLVER.CHECKPOINT_PERIOD", -1, r"^SOLVER\.CHECKPOINT_PERIOD is -1"),
         ("SOLVER.IMS_PER_BATCH", 0, r"^SOLVER\.IMS_PER_BATCH is 0"),
         ("SOLVER.EMA.DECAY", 1.0, r"^SOLVER\.EMA\.DECAY is 1\.0"),
         ("SOLVER.EMA.EVAL_ONLY", True, r"^SOLVER\.EMA\.EVAL_ONLY.*ENABLED"),
@@ -97,6 +99,13 @@ def test_two_kinds_of_crops_are_refused(cfg):
     check_config(cfg)
     cfg.INPUT.CROP.ENABLED = cfg.INPUT.CROP.AFTER_RESIZE = True
     refused(cfg, r"^INPUT\.CROP\.AFTER_RESIZE: INPUT\.DETR_AUGMENTATION has its own crop")
+
+
+def test_mask_formats(cfg):
+    cfg.INPUT.MASK_FORMAT = "rle"
+    check_config(cfg)
+    cfg.MODEL.MASK_ON = True
+    refused(cfg, r"^INPUT\.MASK_FORMAT: 'rle' is not one of polygon, bitmask")
 
 
 def test_end_before_start(cfg):

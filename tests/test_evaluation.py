@@ -20,7 +20,13 @@ from projects.kd import detection_evaluator
 from projects.kd.config import add_kd_config, get_cfg
 from projects.kd.data.register import register_coco_data, register_configured
 from projects.kd.errors import ConfigError, DataError
-from projects.kd.evaluation import DetectionEvaluator, build_evaluator, evaluate, oks_sigmas
+from projects.kd.evaluation import (
+    DetectionEvaluator,
+    build_evaluator,
+    check_evaluation,
+    evaluate,
+    oks_sigmas,
+)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SIZE = 200
@@ -109,6 +115,57 @@ def predictions(dicts, noise, extra=0, seed=1, exact_scores=False):
         instances.pred_keypoints = torch.tensor(points)
         found[entry["image_id"]] = instances
     return found
+
+
+@pytest.mark.parametrize(
+    ("metadata", "options", "message"),
+    [
+        ({"evaluator_type": "pascal_voc"}, {}, "has evaluator_type pascal_voc; it can be coco"),
+        ({}, {}, "has evaluator_type None"),
+        ({"evaluator_type": "sem_seg"}, {}, r"\(evaluator_type sem_seg\) has no label maps"),
+        (
+            {"evaluator_type": "coco_panoptic_seg", "stuff_classes": ["sky"]},
+            {},
+            "has no panoptic_json",
+        ),
+        (
+            {"evaluator_type": "coco"},
+            {"TEST__DETECTIONS_PER_IMAGE": 0},
+            "^TEST.DETECTIONS_PER_IMAGE is 0",
+        ),
+        (
+            {"evaluator_type": "visdrone"},
+            {"TEST__DETECTIONS_PER_IMAGE": -1},
+            "^TEST.DETECTIONS_PER_IMAGE is -1",
+        ),
+        (
+            {"evaluator_type": "coco", "keypoint_names": ["a", "b"]},
+            {"MODEL__KEYPOINT_ON": True, "TEST__KEYPOINT_OKS_SIGMAS": [0.1]},
+            "^TEST.KEYPOINT_OKS_SIGMAS has 1 values, .* 2 keypoints",
+        ),
+        (
+            {"evaluator_type": "coco"},
+            {"TEST__KEYPOINT_OKS_SIGMAS": [0.1, 0.0]},
+            "^TEST.KEYPOINT_OKS_SIGMAS .* must be positive",
+        ),
+        ({"evaluator_type": "coco"}, {}, ""),
+        ({"evaluator_type": "sem_seg", "stuff_classes": ["sky"]}, {}, ""),
+    ],
+)
+def test_what_evaluation_would_end_with_is_refused_before(metadata, options, message):
+    name = "eval_checked_before"
+    DatasetCatalog.register(name, lambda: [])
+    try:
+        MetadataCatalog.get(name).set(**metadata)
+        cfg = config(name, **options)
+        if not message:
+            return check_evaluation(cfg)
+        with pytest.raises(ConfigError, match=message) as error:
+            check_evaluation(cfg)
+        assert "\n" not in str(error.value)
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

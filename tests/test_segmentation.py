@@ -339,7 +339,7 @@ def test_panoptic_fpn_offers_the_same_taps(tmp_path):
 
 def test_the_teachers_classes_are_those_of_pixels(teachers):
     cfg = student_cfg(teachers("pspnet"), "AT")
-    assert build_teacher(cfg).class_names[0] == "background"
+    assert build_teacher(cfg).names["stuff_classes"][0] == "background"
 
 
 def test_every_target_is_covered_above():

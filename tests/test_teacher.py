@@ -341,13 +341,13 @@ def test_other_class_names_are_said_in_one_warning(files, caplog):
         MetadataCatalog.get(name).thing_classes = classes
     opts = ["DATASETS.TRAIN", ("kd_test_a",)]
     cfg = kd_models.distill_cfg(files, KD__TEACHER__OPTS=opts, DATASETS__TRAIN=("kd_test_b",))
-    with caplog.at_level(logging.WARNING, logger="projects.kd.teacher"):
-        build_teacher(cfg)
-    (record,) = [x for x in caplog.records if x.name == "projects.kd.teacher"]
-    line = record.getMessage()
-    assert "only the teacher has cat" in line and "only the data set has horse" in line
+    source = "projects.kd.data.classes"
+    with caplog.at_level(logging.WARNING, logger=source):
+        DistillMetaArch.from_config(cfg)
+    (record,) = [x for x in caplog.records if x.name == source]
+    assert "only teacher has cat, only student has horse" in record.getMessage()
     caplog.clear()
     cfg.DATASETS.TRAIN = ("kd_test_a",)
-    with caplog.at_level(logging.WARNING, logger="projects.kd.teacher"):
-        build_teacher(cfg)
-    assert not [x for x in caplog.records if x.name == "projects.kd.teacher"]
+    with caplog.at_level(logging.WARNING, logger=source):
+        DistillMetaArch.from_config(cfg)
+    assert not [x for x in caplog.records if x.name == source]

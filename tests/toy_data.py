@@ -43,7 +43,7 @@ def register_noise(folder, name: str, count: int = 12) -> list[dict]:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     DatasetCatalog.register(name, lambda: dicts)
-    MetadataCatalog.get(name).thing_classes = ["a", "b", "c"]
+    MetadataCatalog.get(name).set(thing_classes=["a", "b", "c"], evaluator_type="coco")
     return dicts
 
 

@@ -32,9 +32,11 @@ from detectron2.utils.logger import setup_logger  # noqa: E402
 from projects.kd import ConfigError, build_teacher, check_config, load_config  # noqa: E402
 from projects.kd.arguments import Parser  # noqa: E402
 from projects.kd.assistant import build_assistant, judge  # noqa: E402
+from projects.kd.data.classes import check_taught_names  # noqa: E402
+from projects.kd.data.image_check import check_images  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import exit_on_user_error  # noqa: E402
-from projects.kd.evaluation import evaluate  # noqa: E402
+from projects.kd.evaluation import check_evaluation, evaluate  # noqa: E402
 from projects.kd.weights import load_detector  # noqa: E402
 
 INPUT_KEYS = ("MIN_SIZE_TEST", "MAX_SIZE_TEST")
@@ -66,6 +68,9 @@ def build(cfg, student_input: bool):
             )
         return model.eval(), cfg
     teacher = build_teacher(cfg)
+    # evaluation data in the order of its classes, where they are the same
+    register_configured(cfg, teacher.names.get("thing_classes"))
+    check_taught_names(cfg, teacher.names)
     cfg.INPUT.FORMAT = teacher.input_format
     if teacher.cfg is not None:
         # what this model predicts, and how many of it
@@ -87,6 +92,8 @@ def main(args):
     check_config(cfg, training=False)
     if not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty: name a data set to evaluate on")
+    check_evaluation(cfg)
+    check_images(cfg, training=False)
     if args.assistant:
         return compare_assistant(cfg, args.config_file)
     model, cfg = build(cfg, args.student_input)

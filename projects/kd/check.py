@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from .adapters import ADAPTER_TYPES
+from .data.classes import check_class_names
 from .data.needs import check_data_sets
 from .errors import ConfigError, require_one_of
 from .files import require_pickles, resolve_config, resolve_weights
@@ -41,6 +42,7 @@ def check_config(cfg, training: bool = True) -> None:
     _check_meta_archs(cfg)
     _check_datasets(cfg, training)
     check_data_sets(cfg, training)
+    check_class_names(cfg, training)
     check_tiles(cfg)
     _check_proposals(cfg, training)
     for name in cfg.TEST.VISDRONE_READINGS:
@@ -49,6 +51,9 @@ def check_config(cfg, training: bool = True) -> None:
         require_one_of("INPUT.IGNORED_REGIONS", cfg.INPUT.IGNORED_REGIONS, ("paint", "keep"))
         if cfg.INPUT.CROP.AFTER_RESIZE and cfg.INPUT.DETR_AUGMENTATION:
             raise ConfigError("INPUT.CROP.AFTER_RESIZE: INPUT.DETR_AUGMENTATION has its own crop")
+        if cfg.MODEL.MASK_ON:
+            formats = ("polygon", "bitmask")
+            require_one_of("INPUT.MASK_FORMAT", cfg.INPUT.MASK_FORMAT, formats)
         _check_solver(cfg)
         if cfg.KD.META_ARCHITECTURE:
             _check_distillation(cfg)
@@ -132,7 +137,8 @@ def _check_solver(cfg) -> None:
     require_one_of("SOLVER.OPTIMIZER", solver.OPTIMIZER, OPTIMIZERS)
     require_one_of("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", solver.CLIP_GRADIENTS.CLIP_TYPE, CLIP_TYPES)
     require_one_of("SOLVER.AMP.DTYPE", solver.AMP.DTYPE, ("float16", "bfloat16"))
-    for key in ("ACCUM_STEPS", "GATHER_METRIC_PERIOD", "MAX_ITER", "IMS_PER_BATCH"):
+    counts = "ACCUM_STEPS", "GATHER_METRIC_PERIOD", "MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"
+    for key in counts:
         if solver[key] < 1:
             raise ConfigError(f"SOLVER.{key} is {solver[key]}, it must be at least 1")
     if solver.AMP.ENABLED and solver.AMP.DTYPE == "float16" and cfg.MODEL.DEVICE == "cpu":

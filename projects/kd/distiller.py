@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .context import DistillContext, ModelInfo
+from .data.classes import compare_with_teacher
 from .errors import ConfigError, DataError
 from .heads.base import build_imitation_heads
 from .levels import (
@@ -95,6 +96,7 @@ class DistillMetaArch(nn.Module):
         level_map = pair_levels(cfg.KD.LEVEL_MAP, *backbones, required=False)
         student_info, teacher_info = paired_infos(cfg, student, teacher, level_map)
         heads = build_imitation_heads(cfg, student_info, teacher_info)
+        compare_with_teacher(cfg, teacher.names, {x: h.compares for x, h in heads.items()})
         return {
             "student": student,
             "teacher": teacher,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -37,6 +38,8 @@ DEFAULT_OKS_SIGMA = 0.067
 
 # evaluator types of data sets that have nothing but label maps
 LABEL_MAPS = ("sem_seg", "cityscapes_sem_seg")
+# those with an evaluator here, beside what register_evaluator adds
+EVALUATORS = ("coco", *LABEL_MAPS, "coco_panoptic_seg", "ade20k_panoptic_seg")
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +100,20 @@ def evaluate(
     return results[names[0]] if len(names) == 1 else results
 
 
+def check_evaluation(cfg: CfgNode) -> None:
+    """Refuse what evaluation on DATASETS.TEST would end with, before anything is trained.
+
+    Raises:
+        ConfigError: see :func:`build_evaluator`.
+    """
+    for name in cfg.DATASETS.TEST:
+        kind = _evaluator_kind(cfg, name)
+        if kind in LABEL_MAPS or _segments_only(cfg):
+            continue
+        _detection_limit(cfg)
+        oks_sigmas(cfg, name)
+
+
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
     """The evaluator(s) for the data set's ``evaluator_type``.
 
@@ -111,26 +128,13 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
             TEST.KEYPOINT_OKS_SIGMAS do not fit.
     """
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-    metadata = MetadataCatalog.get(dataset_name)
-    kind = metadata.get("evaluator_type")
+    kind = _evaluator_kind(cfg, dataset_name)
     if kind in _BUILDERS:
         return _BUILDERS[kind](cfg, dataset_name, folder)
-    known = ("coco", *LABEL_MAPS, "coco_panoptic_seg", "ade20k_panoptic_seg")
-    if kind not in known:
-        raise ConfigError(
-            f"DATASETS.TEST: '{dataset_name}' has evaluator_type {kind}; it can be "
-            + ", ".join((*known, *_BUILDERS))
-        )
     evaluators = []
-    segments_only = class_names_of(cfg.MODEL.META_ARCHITECTURE) == "stuff_classes"
-    if segments_only and not metadata.get("stuff_classes"):
-        raise ConfigError(
-            f"DATASETS.TEST: '{dataset_name}' has no label maps to evaluate "
-            f"{cfg.MODEL.META_ARCHITECTURE} with"
-        )
-    if kind not in LABEL_MAPS and not segments_only:
+    if kind not in LABEL_MAPS and not _segments_only(cfg):
         evaluators.append(_detection_evaluator(cfg, dataset_name, folder))
-    if kind != "coco" or metadata.get("stuff_classes"):
+    if kind != "coco" or MetadataCatalog.get(dataset_name).get("stuff_classes"):
         evaluators.append(SemanticEvaluator(dataset_name, output_dir=folder))
     if kind.endswith("panoptic_seg"):
         if importlib.util.find_spec("panopticapi"):
@@ -140,13 +144,43 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 
 
+def _evaluator_kind(cfg: CfgNode, dataset_name: str) -> str:
+    """The data set's ``evaluator_type``; ConfigError unless it can be evaluated with."""
+    metadata = MetadataCatalog.get(dataset_name)
+    kind = metadata.get("evaluator_type")
+    if kind in _BUILDERS:
+        return kind
+    if kind not in EVALUATORS:
+        raise ConfigError(
+            f"DATASETS.TEST: '{dataset_name}' has evaluator_type {kind}; it can be "
+            + ", ".join((*EVALUATORS, *_BUILDERS))
+        )
+    if (kind != "coco" or _segments_only(cfg)) and not metadata.get("stuff_classes"):
+        raise ConfigError(
+            f"DATASETS.TEST: '{dataset_name}' (evaluator_type {kind}) has no label maps to "
+            f"evaluate {cfg.MODEL.META_ARCHITECTURE} with"
+        )
+    if kind.endswith("panoptic_seg") and not metadata.get("panoptic_json"):
+        raise ConfigError(
+            f"DATASETS.TEST: '{dataset_name}' (evaluator_type {kind}) has no panoptic_json"
+        )
+    return kind
+
+
+def _segments_only(cfg: CfgNode) -> bool:
+    return class_names_of(cfg.MODEL.META_ARCHITECTURE) == "stuff_classes"
+
+
 def oks_sigmas(cfg: CfgNode, dataset_name: str) -> list[float]:
     """TEST.KEYPOINT_OKS_SIGMAS, or a value for each keypoint where COCO's 17 do not fit.
 
     Raises:
-        ConfigError: the config gives a number of values other than the data set's keypoints.
+        ConfigError: the config gives a number of values other than the data set's keypoints, or
+            one that is not positive.
     """
     given = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+    if not all(isinstance(x, (int, float)) and 0 < x < math.inf for x in given):
+        raise ConfigError(f"TEST.KEYPOINT_OKS_SIGMAS is {given}, all values must be positive")
     names = MetadataCatalog.get(dataset_name).get("keypoint_names", [])
     count = len(names) or cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
     if given and cfg.MODEL.KEYPOINT_ON and len(given) != count:
@@ -156,10 +190,15 @@ def oks_sigmas(cfg: CfgNode, dataset_name: str) -> list[float]:
     return given if given or count == 17 else [DEFAULT_OKS_SIGMA] * count
 
 
-def _detection_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> DetectionEvaluator:
+def _detection_limit(cfg: CfgNode) -> int:
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
     if limit < 1:
         raise ConfigError(f"TEST.DETECTIONS_PER_IMAGE is {limit}, it has to be 1 or more")
+    return limit
+
+
+def _detection_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> DetectionEvaluator:
+    limit = _detection_limit(cfg)
     metadata = MetadataCatalog.get(dataset_name)
     if metadata.get("json_file") and not os.path.exists(metadata.json_file):
         DatasetCatalog.get(dataset_name)  # built-in data are made when they are first loaded

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import LazyConfig, instantiate
-from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.structures import ImageList
 from torch import nn
 
 from .config import load_config
 from .context import ModelInfo
-from .errors import ConfigError
+from .data.register import names_by_kind
+from .errors import ConfigError, UserError
 from .files import MODEL_ZOO_PREFIX, resolve_config, zoo_weights_url
 from .narrow_maps import guard_narrow_maps
-from .taps import FeatureTaps, class_names_of, taps_for
+from .taps import FeatureTaps, taps_for
 from .weight_files import modules_in
 from .weights import load_weights
 
@@ -40,7 +40,8 @@ class Teacher:
         model: the detector on its device.
         input_format: "BGR" or "RGB", what the model expects.
         cfg: its yacs config, None for a LazyConfig.
-        class_names: what it was trained to find, () if unknown.
+        names: what it was trained to find, see
+            :func:`~projects.kd.data.register.names_by_kind`; a kind that is missing is not known.
         source: config and weights, for ``repr``.
         dtype: "auto" (the step's precision), "float32", "bfloat16" or "float16".
         channels_last: run its convolutions in channels-last memory format.
@@ -52,7 +53,7 @@ class Teacher:
         *,
         input_format: str = "BGR",
         cfg=None,
-        class_names: Iterable[str] = (),
+        names: Mapping[str, Sequence[str]] | None = None,
         source: str = "",
         dtype: str = "auto",
         channels_last: bool = False,
@@ -60,7 +61,7 @@ class Teacher:
         self.model = guard_narrow_maps(model).eval().requires_grad_(False)
         self.input_format = input_format
         self.cfg = cfg
-        self.class_names = tuple(class_names)
+        self.names = dict(names or {})
         self.source = source
         self.dtype = dtype
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
@@ -201,14 +202,12 @@ def build_teacher(cfg) -> Teacher:
         model,
         input_format=input_format,
         cfg=teacher_cfg,
-        class_names=_class_names(datasets, type(model).__name__),
+        names=_names(cfg, teacher_cfg, datasets),
         source=f"config {node.CONFIG_FILE}, weights {weights or 'random'}",
         dtype=node.DTYPE,
         channels_last=node.CHANNELS_LAST,
     )
     logger.info("%r", teacher)
-    ours = _class_names(cfg.DATASETS.TRAIN, cfg.MODEL.META_ARCHITECTURE)
-    _compare_classes(teacher.class_names, ours)
     return teacher
 
 
@@ -247,26 +246,15 @@ def build_from_lazy(cfg, path: str):
     return model, None, weights, image_format, datasets
 
 
-def _class_names(datasets: Iterable[str], arch: str) -> tuple[str, ...]:
-    for name in datasets:
-        return tuple(MetadataCatalog.get(name).get(class_names_of(arch), ()))
-    return ()
+def _names(cfg, teacher_cfg, datasets: Sequence[str]) -> dict[str, list[str]]:
+    """What the teacher learnt to find: :func:`names_by_kind` of the first of its data sets.
 
-
-def _compare_classes(teacher: tuple[str, ...], student: tuple[str, ...]) -> None:
-    if not teacher or not student or teacher == student:
-        return
-    only_teacher = [name for name in teacher if name not in student]
-    only_student = [name for name in student if name not in teacher]
-    logger.warning(
-        "The teacher's classes differ from the data set's (feature heads do not mind, heads on "
-        "class outputs do): only the teacher has %s; only the data set has %s%s",
-        _shorten(only_teacher),
-        _shorten(only_student),
-        "" if only_teacher or only_student else "; the order differs",
-    )
-
-
-def _shorten(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "none") + more
+    Its config's own KD.DATASETS come first: a name may stand for another file there.
+    """
+    if not datasets:
+        return {}
+    try:
+        return names_by_kind([c for c in (teacher_cfg, cfg) if c is not None], datasets[0])
+    except UserError as error:  # trained elsewhere: its data need not be here
+        logger.warning("KD.TEACHER.CONFIG_FILE: the teacher's classes are not known: %s", error)
+        return {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -21,6 +21,12 @@ from .sem_seg import register_sem_seg_datasets
 from .shapes import register_shapes
 from .visdrone import register_visdrone
 
+# metadata that give an index its meaning, and what is indexed
+KINDS = {
+    "thing_classes": "classes",
+    "stuff_classes": "classes of pixels",
+    "keypoint_names": "keypoints",
+}
 _LIMB_COLOURS = [(255, 128, 0), (0, 128, 255), (0, 200, 80), (230, 60, 160), (150, 90, 255)]
 # name -> (json file, image folder, evaluator type)
 _configured: dict[str, tuple[str, str, str]] = {}
@@ -30,7 +36,7 @@ register_shapes()
 register_visdrone()
 
 
-def register_configured(cfg) -> None:
+def register_configured(cfg, class_order: Sequence[str] | None = None) -> None:
     """Register each ``[name, json file, image folder]`` of ``cfg.KD.DATASETS``.
 
     A fourth value is the data set's ``evaluator_type``, "coco" where there is none. Those of
@@ -40,11 +46,53 @@ def register_configured(cfg) -> None:
     again with the same entries changes nothing. Annotations are checked here, image files when the
     data set is loaded.
 
+    Args:
+        cfg: the config.
+        class_order: names of the classes by index. A data set of KD.DATASETS that lists the same
+            names in another order gets this one. None: that of the first of DATASETS.TRAIN.
+
     Raises:
         ConfigError: a malformed entry, a missing annotation file, or a name that already stands
             for another data set.
         DataError: see :func:`~projects.kd.data.coco_json.inspect_annotations`.
     """
+    if class_order is None:
+        trained = cfg.DATASETS.TRAIN[:1]
+        class_order = names_by_kind([cfg], *trained).get("thing_classes", ()) if trained else ()
+    for entry in _entries(cfg):
+        register_coco_data(*entry, class_order=class_order)
+    register_sem_seg_datasets(cfg)
+
+
+def names_by_kind(cfgs: Iterable, dataset: str) -> dict[str, list[str]]:
+    """``thing_classes``, ``stuff_classes`` and ``keypoint_names`` of a data set, as far as known.
+
+    Args:
+        cfgs: whose KD.DATASETS and KD.SEM_SEG_DATASETS are asked first, in this order. They need
+            not be registered, and the order of the names is that of the file.
+        dataset: else it is a registered one.
+
+    Raises:
+        ConfigError, DataError: as :func:`register_configured`.
+    """
+    for cfg in cfgs:
+        for name, json_file, *_ in _entries(cfg):
+            if name == dataset:
+                _require_file(name, json_file)
+                metadata = _metadata(inspect_annotations(json_file).categories, json_file)
+                return {kind: metadata[kind] for kind in KINDS if kind in metadata}
+        for entry in cfg.KD.SEM_SEG_DATASETS:
+            if isinstance(entry, (list, tuple)) and len(entry) == 4 and entry[0] == dataset:
+                return {"stuff_classes": list(entry[3])}
+    if dataset not in MetadataCatalog:
+        return {}
+    metadata = MetadataCatalog.get(dataset)
+    return {kind: list(metadata.get(kind)) for kind in KINDS if metadata.get(kind)}
+
+
+def _entries(cfg) -> list[tuple[str, ...]]:
+    """(name, json file, image folder) of KD.DATASETS, the evaluator type behind it if given."""
+    entries = []
     for entry in cfg.KD.DATASETS:
         parts = list(entry) if isinstance(entry, (list, tuple)) else [entry]
         if len(parts) not in (3, 4) or not all(isinstance(part, str) and part for part in parts):
@@ -52,27 +100,40 @@ def register_configured(cfg) -> None:
                 f"KD.DATASETS: {entry} is not [name, json file, image folder], with evaluator_type "
                 "as a fourth value if it is not coco"
             )
-        register_coco_data(parts[0], _expand(parts[1]), _expand(parts[2]), *parts[3:])
-    register_sem_seg_datasets(cfg)
+        entries.append((parts[0], _expand(parts[1]), _expand(parts[2]), *parts[3:]))
+    return entries
 
 
 def register_coco_data(
-    name: str, json_file: str, image_root: str, evaluator_type: str = "coco"
+    name: str,
+    json_file: str,
+    image_root: str,
+    evaluator_type: str = "coco",
+    class_order: Sequence[str] = (),
 ) -> None:
     """Register one COCO-format data set; see :func:`register_configured`."""
-    if _configured.get(name) == (json_file, image_root, evaluator_type):
-        return
-    if name in _configured:
+    facts = (json_file, image_root, evaluator_type)
+    if name in _configured and _configured[name] != facts:
         raise ConfigError(
             f"KD.DATASETS: '{name}' is registered with {' and '.join(_configured[name])} already, "
             f"now it comes with {json_file} and {image_root} and {evaluator_type}: give one of "
             "them another name"
         )
-    if name in DatasetCatalog.list():
+    if name in DatasetCatalog.list() and name not in _configured:
         raise ConfigError(f"KD.DATASETS: '{name}' is an existing data set: choose another name")
-    if not os.path.isfile(json_file):
-        raise ConfigError(f"KD.DATASETS: '{name}': there is no annotation file {json_file}")
+    _require_file(name, json_file)
     metadata = _metadata(inspect_annotations(json_file).categories, json_file)
+    is_mapped = _order_classes(metadata, class_order)
+    if name in _configured:
+        if MetadataCatalog.get(name).get("thing_classes") == metadata["thing_classes"]:
+            return
+        DatasetCatalog.pop(name, None)  # another config has another order
+        MetadataCatalog.pop(name, None)
+    elif is_mapped:
+        _logger.warning(
+            f"{json_file}: '{name}' lists the classes in another order than the training set; they "
+            f"are matched by name: {', '.join(metadata['thing_classes'][:8])}"
+        )
     DatasetCatalog.register(name, lambda: load_checked(json_file, image_root, name))
     MetadataCatalog.get(name).set(
         evaluator_type=evaluator_type,
@@ -81,7 +142,7 @@ def register_coco_data(
         checked_annotations=True,
         **metadata,
     )
-    _configured[name] = (json_file, image_root, evaluator_type)
+    _configured[name] = facts
 
 
 def is_configured(name: str) -> bool:
@@ -104,6 +165,24 @@ def keypoint_flip_map(names: Sequence[str]) -> list[tuple[str, str]]:
 
 def _expand(path: str) -> str:
     return os.path.abspath(os.path.expanduser(os.path.expandvars(path)))
+
+
+def _require_file(name: str, json_file: str) -> None:
+    if not os.path.isfile(json_file):
+        raise ConfigError(f"KD.DATASETS: '{name}': there is no annotation file {json_file}")
+
+
+def _order_classes(metadata: dict, names: Sequence[str]) -> bool:
+    """Give the classes of metadata this order, if they are the same ones in another."""
+    own, names = metadata["thing_classes"], list(names)
+    if own == names or sorted(own) != sorted(names):
+        return False
+    metadata["thing_classes"] = names
+    metadata["thing_dataset_id_to_contiguous_id"] = {
+        number: names.index(own[index])
+        for number, index in metadata["thing_dataset_id_to_contiguous_id"].items()
+    }
+    return True
 
 
 def _metadata(categories: list[dict], json_file: str) -> dict:

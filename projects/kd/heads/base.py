@@ -32,6 +32,8 @@ class ImitationHead(nn.Module):
         targets: values of KD.<HEAD>.TARGET, of heads that have this key.
         needs_boxes: the head reads ground-truth boxes.
         predicts: the head runs the student's detection head a second time (timing counts it apart).
+        compares: metadata ("thing_classes", "stuff_classes", "keypoint_names") whose predictions
+            are compared one by one, so that teacher and data set have to have the same names.
 
     Args:
         levels: student levels to distil, finest first.
@@ -48,6 +50,7 @@ class ImitationHead(nn.Module):
     supports: tuple[str, ...] = ()
     needs_boxes: bool = False
     predicts: bool = False
+    compares: tuple[str, ...] = ()
 
     def __init__(self, *, levels: Sequence[str], weight: float, mask_padding: bool):
         super().__init__()

@@ -124,6 +124,8 @@ class CSA(ImitationHead):
         self.head = head
         self.weights = weights
         self.requires_student = taps
+        if head.kind == "teacher":
+            self.compares = ("thing_classes",)
         self.idle_iters = idle_iters
 
     @classmethod

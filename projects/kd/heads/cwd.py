@@ -66,6 +66,7 @@ class CWD(MapImitation):
         if roi is not None:
             self.requires = frozenset({"features"})  # the teacher pools the regions from them
             self.requires_student = roi.taps
+            self.compares = roi.compares
 
     @classmethod
     def from_config(cls, cfg, student, teacher):

@@ -108,6 +108,7 @@ class D3ETR(ImitationHead):
     """
 
     requires = frozenset({"features", "decoded"})
+    compares = ("thing_classes",)
 
     def __init__(
         self,

@@ -184,6 +184,7 @@ class OutputKD(ImitationHead):
     """
 
     needs_boxes = True
+    compares = ("thing_classes",)
 
     def __init__(
         self,

@@ -63,6 +63,11 @@ class RoiMaps:
         return cls(kind, teacher.paired_names(needed, f"{key} '{kind}'"), scale)
 
     @property
+    def compares(self) -> tuple[str, ...]:
+        """See :class:`~projects.kd.heads.base.ImitationHead`."""
+        return ("keypoint_names",) if self.kind == "keypoints" else ("thing_classes",)
+
+    @property
     def taps(self) -> frozenset[str]:
         """Taps of the student."""
         return frozenset({"sampled_proposals", f"{_PARTS[self.kind]}_logits"})

@@ -17,6 +17,8 @@ from .base import ImitationHead, adapt, build_adapters, choose_levels, head_name
 # (N, K, H, W). "decoder": the input of the layer that makes those, (N, C, H, W).
 TARGETS = ("features", "dense", "decoder", "sem_seg")
 _BY_LEVEL = ("features", "dense")
+# whose channels are predictions of what
+_CLASSES = {"dense": ("thing_classes",), "sem_seg": ("stuff_classes",)}
 
 
 class MapImitation(ImitationHead):
@@ -52,6 +54,8 @@ class MapImitation(ImitationHead):
         self.adapters = nn.ModuleDict() if adapters is None else adapters
         self.dense_index = dense_index
         self.requires = frozenset({target})
+        if self.by_channel:
+            self.compares = _CLASSES.get(target, ())
 
     @classmethod
     def from_config(cls, cfg, student: ModelInfo, teacher: ModelInfo) -> dict:
