@@ -162,6 +162,18 @@ def test_the_deadline_stops_a_run_that_goes_on_later(suite, tmp_path, monkeypatc
     assert runs[0].finished()["seconds"] >= attempt["seconds"]  # both attempts count
 
 
+def test_a_run_that_does_not_stop_is_killed_after_a_minute(suite, tmp_path, monkeypatch):
+    runs = suites.make_runs(suite, [1], str(tmp_path), [])
+    runner = SuiteRunner(runs, 1, quiet())
+    runner._running = {object(): runs[0]}
+    now, asked = [10.0], []
+    monkeypatch.setattr(suite_runner.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(runs[0], "stop", lambda kill: asked.append((now[0], kill)))
+    for now[0] in (10.0, 11.0, 70.0, 70.5):
+        runner._stop()
+    assert asked == [(10.0, False), (70.5, True)] and not runner._waiting
+
+
 def test_jobs_are_a_number_or_one_for_every_two_cores(suite, tmp_path, monkeypatch):
     assert number_of_jobs("3") == 3 and number_of_jobs("auto") == "auto"
     for text in ("0", "-1", "many", ""):

@@ -35,6 +35,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 import time
 
@@ -77,6 +78,9 @@ def compare(args) -> int:
             runs, args.jobs, lambda: write_report(suite, runs, args.output, command), args.minutes
         )
         report = write_report(suite, runs, args.output, command, measure=complete)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on where the runs were")
+        return 128 + signal.SIGINT
     finally:
         if args.bundle:
             count = bundle(args.output, args.bundle)

@@ -17,6 +17,7 @@ from .suites import Run, Stopped, is_trained_once
 
 CORES_A_RUN = 2  # of --jobs auto
 CONTEXT_BYTES = 2**30  # what a process takes of a GPU beside its tensors; ours, rounded up
+STOP_SECONDS = 60.0  # that a run has to write its checkpoint before it is killed
 SHOW_SECONDS = 15.0  # between two lines of progress where the output is no terminal
 
 
@@ -89,6 +90,7 @@ class SuiteRunner:
         self._done: set[int] = set()
         self._running: dict[futures.Future, Run] = {}
         self._waiting = list(self.runs)
+        self._stopped_at: float | None = None
 
     def execute(self, after_some: Callable[[], None]) -> bool:
         """Run all; ``after_some`` is called when a run has finished and others have not.
@@ -161,10 +163,14 @@ class SuiteRunner:
         return max(1, (os.cpu_count() or 1) // self.jobs)
 
     def _stop(self) -> None:
-        """End the running ones; none begins any more."""
+        """End the running ones, after a minute by force; none begins any more."""
         self._waiting.clear()
+        now = time.monotonic()
+        first = self._stopped_at is None
+        self._stopped_at = now if first else self._stopped_at
         for run in self._running.values():
-            run.stop()
+            if first or now - self._stopped_at > STOP_SECONDS:
+                run.stop(kill=not first)
 
 
 def fitting_on_gpu(runs: Sequence[Run], free: int) -> Callable[[], int]:

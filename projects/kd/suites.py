@@ -150,11 +150,15 @@ class Run:
         }
         write_atomically(marker, json.dumps(spent))
 
-    def stop(self) -> None:
-        """End the training, from another thread; a later run resumes it."""
+    def stop(self, kill: bool = False) -> None:
+        """End the training, from another thread; a later run resumes it.
+
+        Args:
+            kill: at once, where it would else finish its step and write a checkpoint.
+        """
         self._stopped = True
         if self._process is not None:
-            self._process.terminate()
+            self._process.kill() if kill else self._process.terminate()
 
     def _train(self, command: list[str], threads: int, on_line: Callable[[str], None]) -> None:
         """Run the command; its time and memory go into attempts.jsonl, however it ends."""
