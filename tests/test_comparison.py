@@ -124,8 +124,11 @@ def test_a_teacher_that_is_not_better_is_said():
         "nothing to teach."
     ]
     assert "gap_closed" not in by_name["student+A"]
-    rows, _ = compared(row("teacher", 20.1), row("student", 20.0), row("student+A", 21.0))
+    rows, by_name = compared(row("teacher", 20.9), row("student", 20.0), row("student+A", 29.0))
     assert warnings(rows, "AP") == []
+    assert "gap_closed" not in by_name["student+A"]  # 1000 % would say nothing
+    _, by_name = compared(row("teacher", 21.0), row("student", 20.0), row("student+A", 20.5))
+    assert by_name["student+A"]["gap_closed"] == 50.0
 
 
 def test_unfinished_groups_say_nothing():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+# points by which a teacher has to lead before a share of its lead means something; ours
+LEAST_LEAD = 1.0
 # two times on one machine are called the same below this ratio; ours
 SAME_SPEED = 1.1
 
@@ -22,7 +24,7 @@ def compare_rows(rows: Sequence[dict], metric: str) -> list[dict]:
 
         * "gain": metric less that of the baseline, in its points;
         * "gap_closed": 100 (row - baseline) / (teacher - baseline), in percent, for distilled rows
-          whose teacher is better than their baseline;
+          whose teacher leads by LEAST_LEAD points or more;
         * "clear": whether the gain is above twice the pooled sample deviation of row and baseline,
           :func:`pooled_deviation`; None where one of them has a single seed;
         * "below": a distilled row under its baseline;
@@ -50,7 +52,7 @@ def compare_rows(rows: Sequence[dict], metric: str) -> list[dict]:
         teacher = by_name.get(row.get("teacher"))
         if teacher is not None and teacher[metric] is not None:
             gap = teacher[metric] - base[metric]
-            if gap > 0:
+            if gap >= LEAST_LEAD:
                 row["gap_closed"] = round(100 * row["gain"] / gap, 1)
     return compared
 

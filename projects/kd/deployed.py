@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -48,7 +49,8 @@ def measure_deployed(runs: Mapping[str, Run], dataset: str) -> dict[str, dict[st
         size = sum(x.numel() * x.element_size() for x in model.state_dict().values())
         found[name] = {"model_mb": round(size / 1e6, 3)}
         device = run.cfg.MODEL.DEVICE
-    with _one_thread():
+    with _one_thread(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.meshgrid")  # detectron2's anchors
         times = interleave(actions, device, rounds=ROUNDS, warm_up=1)
     for name, seconds in times.items():
         each = statistics.median(seconds) / len(places)

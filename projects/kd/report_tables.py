@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from .comparison import LEAST_LEAD
 from .report import FURTHER, METRICS
 
 CLEAR = (
@@ -13,7 +14,7 @@ CLEAR = (
 )
 ONE_SEED = "No gain can be marked as clear: there is no deviation with one seed."
 BELOW = "below: a distilled row that ends under its baseline."
-GAP = "gap closed: (row - baseline) / (teacher - baseline)."
+GAP = f"gap closed: (row - baseline) / (teacher - baseline), where that is {LEAST_LEAD:g} or more."
 COST = "cost: time of a training iteration beside the baseline's."
 
 
