@@ -161,6 +161,9 @@ def test_a_finished_run_says_that_nothing_is_left_and_evaluates(tmp_path, caplog
     start(cfg_of(tmp_path)).train()
     trainer, lines = resume(tmp_path, caplog)
     assert len(lines) == 1 and "6 iterations are done, SOLVER.MAX_ITER is 6" in lines[0]
+    (tmp_path / "run/config.yaml").write_text("what was trained with")
+    trainer.write_config()
+    assert (tmp_path / "run/config.yaml").read_text() == "what was trained with"
     assert trainer.train() == {"bbox": {"AP": 1.0}}
     lines = [json.loads(line) for line in open(tmp_path / "run/metrics.json")]
     assert [line["iteration"] for line in lines] == [5, 6] and lines[1]["bbox/AP"] == 1.0

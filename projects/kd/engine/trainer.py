@@ -148,9 +148,14 @@ class DistillTrainer(DefaultTrainer):
             inherit(self.student, self._unwrapped.teacher.model, self.cfg.KD.INIT_FROM_TEACHER)
 
     def write_config(self) -> None:
-        """Put the config of this run into OUTPUT_DIR, once it is known that it is used."""
+        """Put the config of this run into OUTPUT_DIR, once it is known that it is used.
+
+        A run with nothing left to train keeps the one that it was trained with.
+        """
+        path = os.path.join(self.cfg.OUTPUT_DIR, "config.yaml")
+        if 0 < self.max_iter <= self.start_iter and os.path.exists(path):
+            return
         if comm.is_main_process():
-            path = os.path.join(self.cfg.OUTPUT_DIR, "config.yaml")
             with replacing(path) as file:
                 file.write(self.cfg.dump().encode())
             logger.info(f"Full config saved to {path}")
