@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+MAX_COORDINATE = 10**9  # pixels; keypoints beyond are no places
+
 # problems of a mask
 NO_MASK = "masks left out (neither polygons nor run lengths)"
 SHORT = "masks left out (a polygon needs three points, an x and a y for each)"
@@ -67,7 +69,9 @@ def usable_keypoints(points, count: int | None) -> tuple[list[float] | None, str
         return None, NO_NUMBERS
     if len(points) % 3 or (count and len(points) != 3 * count):
         return None, OTHER_NUMBER
-    return (points, "") if _are_finite(points) else (None, NO_NUMBERS)
+    if not _are_finite(points) or max(map(abs, points)) > MAX_COORDINATE:
+        return None, NO_NUMBERS
+    return points, ""
 
 
 def keypoint_names(category: dict) -> list[str]:
@@ -151,7 +155,7 @@ def _decoded(text: str) -> np.ndarray:
     """
     values = np.frombuffer(text.encode("latin-1"), np.uint8).astype(np.int64) - 48
     last = np.flatnonzero((values & 32) == 0)
-    if not len(values) or ((values < 0) | (values > 63)).any() or last[-1:] != len(values) - 1:
+    if not len(values) or ((values < 0) | (values > 63)).any() or values[-1] & 32:
         raise ValueError("no run lengths")
     first = np.concatenate([[0], last[:-1] + 1])
     places = np.arange(len(values)) - np.repeat(first, last - first + 1)

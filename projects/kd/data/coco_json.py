@@ -25,6 +25,7 @@ from .coco_tables import by_id, read_annotations, read_categories, read_images
 from .coco_values import id_key, in_parts, number, shown, usable_box
 from .problems import Problems
 
+MAX_AREA = 10**12  # square pixels
 KEPT_IN_MEMORY = 200_000  # annotations of the file read last, for the next evaluation
 
 _last: dict[tuple, CocoFile] = {}  # by file stamp; one at most
@@ -210,7 +211,7 @@ def _with_usable_boxes(json_file: str, rows: list[dict], images: dict, problems:
             problems.add(f"boxes {problem}", lambda r=row, i=image, p=problem: _place(r, i, p))
         if box is not None:
             area = row.get("area")
-            if not isinstance(area, (int, float)) or not (number(area) or 0) > 0:
+            if isinstance(area, str) or not 0 < (number(area) or 0) <= MAX_AREA:
                 area = box[2] * box[3]
             row["bbox"], row["area"] = box, area
             kept.append(row)

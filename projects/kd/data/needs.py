@@ -27,9 +27,9 @@ def check_data_sets(cfg: CfgNode, training: bool) -> None:
     if training:
         held = {name: checked_summary(name) for name in cfg.DATASETS.TRAIN}
         for name, summary in held.items():
-            _check_keypoints(cfg, name, summary, training=True)
             if summary is not None:
                 _check_training_set(cfg, summary)
+            _check_keypoints(cfg, name, summary, training=True)
         if all(summary is not None and not summary.objects.count for summary in held.values()):
             paths = ", ".join(summary.path for summary in held.values())
             raise DataError(f"{paths}: no annotation to train on")
