@@ -289,7 +289,9 @@ def test_objects_with_unusable_masks_are_left_out_of_training_of_masks(tmp_path,
 def test_one_annotation_without_a_mask_or_keypoints_does_not_cost_the_others(
     tmp_path, content, caplog, fast
 ):
-    """Its object counts neither way: found or not, masks and keypoints score as without it."""
+    """Its object counts neither way: found or not, masks score as without it, and keypoints as
+    if it had unlabelled ones.
+    """
     if fast:
         pytest.importorskip("faster_coco_eval")
     content["annotations"][0]["bbox"] = [0, 0, 40, 40]  # the only one there
@@ -313,7 +315,9 @@ def test_one_annotation_without_a_mask_or_keypoints_does_not_cost_the_others(
     for detected in (found, elsewhere):
         actual = scores(name, detected, fast)
         assert actual["segm"] == pytest.approx(rest["segm"], abs=1e-6)
-    assert scores(name, elsewhere, fast)["keypoints"] == pytest.approx(rest["keypoints"], abs=1e-6)
+    set_in(content["annotations"][:1], keypoints=[0] * 6, num_keypoints=0)
+    unlabelled = scores(registered(tmp_path, f"unlabelled_{fast}", content), found, fast)
+    assert scores(name, found, fast)["keypoints"] == unlabelled["keypoints"]
     assert (
         "1 of 20 annotations have no segmentation: what is detected in their boxes" in caplog.text
     )
