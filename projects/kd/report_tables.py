@@ -14,7 +14,10 @@ CLEAR = (
 )
 ONE_SEED = "No gain can be marked as clear: there is no deviation with one seed."
 BELOW = "below: a distilled row that ends under its baseline."
-GAP = f"gap closed: (row - baseline) / (teacher - baseline), where that is {LEAST_LEAD:g} or more."
+GAP = (
+    "gap closed: (row - baseline) / (teacher - baseline), where the teacher leads by "
+    f"{LEAST_LEAD:g} point or more."
+)
 COST = "cost: time of a training iteration beside the baseline's."
 
 
