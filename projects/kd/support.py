@@ -118,7 +118,7 @@ def between_markers(text: str, table: str) -> str:
 
 
 def shapes_detectors(root: str, labels: Iterable[tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    """Detectors that have a teacher and a student among ``configs/shapes``.
+    """Detectors that have a teacher and a student among ``configs/shapes``; the demo's are not new.
 
     Args:
         root: of the checkout.
@@ -126,8 +126,9 @@ def shapes_detectors(root: str, labels: Iterable[tuple[str, str]]) -> dict[str, 
             last under its own name.
     """
     folder = os.path.join(root, "configs", "shapes")
-    stems = sorted(x.removesuffix("_teacher.yaml") for x in os.listdir(folder)
-                   if x.endswith("_teacher.yaml"))  # fmt: skip
+    ends = "_teacher.yaml"
+    stems = sorted(x.removesuffix(ends) for x in os.listdir(folder) if x.endswith(ends))
+    stems = [stem for stem in stems if not stem.endswith("_demo")]  # a detector that is there
     named = dict(labels)
     order = [stem for stem in named if stem in stems] + [x for x in stems if x not in named]
     paths = {
