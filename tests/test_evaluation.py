@@ -117,6 +117,32 @@ def predictions(dicts, noise, extra=0, seed=1, exact_scores=False):
     return found
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_order_of_the_classes_in_the_file_does_not_matter(tmp_path, seed):
+    name = f"eval_class_order_{seed}"
+    dicts = make_data(tmp_path, name, 3, images=3, seed=seed)
+    content = json.loads((tmp_path / f"{name}.json").read_text())
+    classes = [category["name"] for category in content["categories"]]
+    own = dict(zip([10, 20, 30], np.random.default_rng(seed).permutation(30)[:3], strict=True))
+    for row in content["categories"]:
+        row["id"] = int(own[row["id"]])
+    for row in content["annotations"]:
+        row["category_id"] = int(own[row["category_id"]])
+    content["categories"].reverse()
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    register_coco_data(
+        f"{name}_b", str(tmp_path / "other.json"), str(tmp_path), class_order=classes
+    )
+    found = predictions(dicts, noise=4, extra=3)
+    plain, other = (
+        run(build_evaluator(config(x), x, str(tmp_path / x)), found) for x in (name, f"{name}_b")
+    )
+    np.testing.assert_equal(other, plain)
+    assert plain["bbox"]["AP"] > 1 and "AP-class2" in plain["bbox"]
+    written = json.loads((tmp_path / f"{name}_b" / "coco_instances_results.json").read_text())
+    assert {row["category_id"] for row in written} <= set(map(int, own.values()))
+
+
 @pytest.mark.parametrize(
     ("metadata", "options", "message"),
     [
