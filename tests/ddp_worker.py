@@ -13,21 +13,29 @@ from torch import nn
 
 from projects.kd.engine.loop import TrainLoop
 from projects.kd.engine.optim import GradientClip
-from projects.kd.engine.trainer import wrap_ddp
+from projects.kd.engine.processes import wrap_ddp
+from projects.kd.errors import ConfigError
 
 SAMPLES = torch.linspace(-2, 3, 32).reshape(8, 4)
 
 
 class Toy(nn.Module):
-    """Linear layers with a mean-reduced loss."""
+    """Linear layers with a mean-reduced loss.
 
-    def __init__(self):
+    Args:
+        leave_out: number of the forward pass, from 0, from which on the last layer is left out.
+    """
+
+    def __init__(self, leave_out: int = 10**6):
         super().__init__()
+        self.passes, self.leave_out = 0, leave_out
         torch.manual_seed(comm.get_rank())  # DDP has to make the weights equal
         self.layers = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
 
     def forward(self, batch):
-        return {"loss_a": self.layers(batch).square().mean()}
+        layers = self.layers if self.passes < self.leave_out else self.layers[:-1]
+        self.passes += 1
+        return {"loss_a": layers(batch).square().mean()}
 
 
 def own_batches(rank: int, world: int, size: int):
@@ -36,14 +44,14 @@ def own_batches(rank: int, world: int, size: int):
         yield from SAMPLES[rank::world].split(size)
 
 
-def toy_loop(accum_steps=1, poison_rank=-1):
+def toy_loop(accum_steps=1, poison_rank=-1, **options):
     from detectron2.config import get_cfg
 
     from projects.kd import add_kd_config
 
     cfg = get_cfg()
     add_kd_config(cfg)
-    model = wrap_ddp(cfg, Toy())
+    model = wrap_ddp(cfg, Toy(**options))
     data = own_batches(comm.get_rank(), comm.get_world_size(), 4 // accum_steps)
     if comm.get_rank() == poison_rank:
         data = iter([SAMPLES[:4], SAMPLES[:4] * float("nan")])
@@ -77,6 +85,10 @@ def record(folder: str) -> None:
         grads = {n: p.grad.clone() for n, p in loop.model.module.named_parameters()}
         logged = storage.histories().get("loss_a")
         result[accum_steps] = (start, grads, logged.latest() if logged else None)
+    try:
+        run(toy_loop(leave_out=1), 2)
+    except ConfigError as error:
+        result["idle_later"] = str(error)
     result["local_rank"], result["local_size"] = comm.get_local_rank(), comm.get_local_size()
     torch.save(result, Path(folder) / f"rank{comm.get_rank()}.pth")
 
@@ -107,6 +119,8 @@ def train(folder: str) -> None:
     def fit(name, resume=False, max_iter=4):
         cfg = kd_models.tiny_cfg(
             MODEL__BACKBONE__NAME="build_toy_fpn_backbone",
+            MODEL__RETINANET__IN_FEATURES=["p3", "p4", "p5", "p6"],  # nothing reads p7
+            MODEL__ANCHOR_GENERATOR__SIZES=[[16], [32], [64], [128]],
             DATASETS__TRAIN=("noise_ddp",),
             DATASETS__TEST=(),
             INPUT__MIN_SIZE_TRAIN=(32, 48),
@@ -135,6 +149,10 @@ def train(folder: str) -> None:
                 if "running" not in k or comm.is_main_process()
             ),
             "normalizer": (straight.student.loss_normalizer, resumed.student.loss_normalizer),
+            "looks": resumed._trainer.model.find_unused_parameters,
+            "p7": torch.equal(
+                *(t.student.backbone.top_block.p7.weight for t in (straight, resumed))
+            ),
             "weight": straight.student.head.cls_score.weight.detach(),
         },
         Path(folder) / f"train{comm.get_rank()}.pth",

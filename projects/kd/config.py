@@ -142,6 +142,8 @@ def _add_solver_keys(cfg: CN) -> None:
     solver.AMP.DTYPE = "float16"
     # Losses are gathered from all processes and logged every so many iterations.
     solver.GATHER_METRIC_PERIOD = 20
+    # Several processes look in every step which parameters get a gradient. Done without being asked
+    # for where the first batch has parameters that get none; needed where later batches only have.
     solver.DDP_FIND_UNUSED_PARAMETERS = False
     # SOLVER.CLIP_GRADIENTS.CLIP_TYPE takes "full_model" too: the norm over all parameters.
     # Exponential moving average of the student's weights, saved beside it.

@@ -94,11 +94,19 @@ def test_torchrun_environment_sets_up_local_ranks(recorded):
 
 
 @pytest.mark.ddp
+def test_a_gradient_that_fails_to_come_later_is_one_line(recorded):
+    for rank in recorded:
+        line = rank["idle_later"]
+        assert line.startswith("SOLVER.DDP_FIND_UNUSED_PARAMETERS: set it to True")
+        assert "iteration 1 " in line and "layers.2 (2)" in line and "\n" not in line
+
+
+@pytest.mark.ddp
 def test_two_ranks_resume_exactly(tmp_path):
     under_torchrun("train", tmp_path)
     ranks = [torch.load(tmp_path / f"train{rank}.pth", weights_only=True) for rank in range(2)]
     for rank in ranks:
-        assert rank["start"] == 2 and rank["same"]
+        assert rank["start"] == 2 and rank["same"] and rank["looks"] and rank["p7"]
         straight, resumed = rank["normalizer"]
         assert straight == resumed
     # each rank sees its own images, so the normalisers differ, and so does what was restored

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -10,14 +12,16 @@ from collections.abc import Callable, Mapping
 import torch
 from detectron2.engine.train_loop import SimpleTrainer
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage, has_event_storage
+from detectron2.utils.events import EventStorage, get_event_storage, has_event_storage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from ..errors import ConfigError, TrainingError
 from ..seeding import STEP, seed_generators
+from ..weight_files import modules_in
 from .optim import GradientClip
+from .processes import FIND_UNUSED, idle_parameters, unexpectedly_idle
 from .resume import load_optimizer
 
 WRITER_WINDOW = 20  # iterations over which detectron2's writers take the median of a scalar
@@ -84,6 +88,25 @@ class TrainLoop(SimpleTrainer):
         self._waiting: list[tuple[int, float, list[str], torch.Tensor]] = []
         self._to_replay: dict[str, list[tuple[float, int]]] = {}
 
+    def distribute(self, wrap: Callable[[nn.Module, list[str]], nn.Module]) -> None:
+        """Make the model that of several processes; all of them must call it together.
+
+        The first batch goes through a copy of the model, to know which parameters get a gradient.
+        It is still the first that the model itself sees.
+
+        Args:
+            wrap: of the model and the names of parameters without a gradient, see
+                :func:`~projects.kd.engine.processes.wrap_ddp`.
+        """
+        batches = self._data_loader_iter
+        batch = next(batches)
+        self._data_loader_iter_obj = itertools.chain([batch], batches)
+        probe = copy.deepcopy(self.model)
+        with EventStorage(self.iter), self._repeatable():
+            self._seed(micro_step=0)
+            sum(self._losses(probe, copy.deepcopy(batch)).values()).backward()
+        self.model = wrap(self.model, idle_parameters(probe))
+
     def run_step(self) -> None:
         """One iteration; see the class."""
         assert self.model.training, "the model was switched to eval mode during training"
@@ -97,15 +120,13 @@ class TrainLoop(SimpleTrainer):
             batch = next(self._data_loader_iter)
             data_time += time.perf_counter() - start
             # after loading: a loader without workers uses the same generators
-            seed_generators(
-                *(STEP, self.seed, self.iter, comm.get_rank(), micro_step),
-                cuda=self.device.type == "cuda",
-            )
+            self._seed(micro_step)
             with self._exchange_gradients(micro_step == self.accum_steps - 1), self._repeatable():
                 for name, loss in self._backward(batch).items():
                     part = loss.detach().double() / self.accum_steps
                     losses[name] = losses[name] + part if name in losses else part
         self.after_backward()
+        self._refuse_idle()
         self._step(losses)
         self._waiting.append((self.iter, data_time, list(losses), torch.stack([*losses.values()])))
         if (self.iter + 1) % self.gather_metric_period == 0 or self.iter + 1 >= self.max_iter:
@@ -124,18 +145,33 @@ class TrainLoop(SimpleTrainer):
             return torch.jit.optimized_execution(False)
         return contextlib.nullcontext()
 
-    def _backward(self, batch) -> dict[str, torch.Tensor]:
+    def _seed(self, micro_step: int) -> None:
+        place = (STEP, self.seed, self.iter, comm.get_rank(), micro_step)
+        seed_generators(*place, cuda=self.device.type == "cuda")
+
+    def _losses(self, model: nn.Module, batch) -> dict[str, torch.Tensor]:
         with torch.autocast(
             self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
         ):
             try:
-                losses = self.model(batch)
+                losses = model(batch)
             except FloatingPointError as error:  # detectron2's proposal code
                 raise TrainingError(f"iteration {self.iter}: {error} {self._advice()}") from error
-        if isinstance(losses, torch.Tensor):
-            losses = {"loss": losses}
+        return {"loss": losses} if isinstance(losses, torch.Tensor) else losses
+
+    def _backward(self, batch) -> dict[str, torch.Tensor]:
+        losses = self._losses(self.model, batch)
         self.scaler.scale(sum(losses.values()) / self.accum_steps).backward()
         return losses
+
+    def _refuse_idle(self) -> None:
+        """Gradients that the processes have not exchanged, since some of them did not come."""
+        names = unexpectedly_idle(self.model)
+        if names:
+            raise ConfigError(
+                f"{FIND_UNUSED}: set it to True, since iteration {self.iter} gives no gradient to "
+                f"{len(names)} parameters that had one in the first: {modules_in(names)}"
+            )
 
     def _step(self, losses: dict[str, torch.Tensor]) -> None:
         stepping = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import weakref
@@ -16,7 +17,6 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..data.loader import build_train_loader
 from ..distiller import build_training_model, student_of
@@ -37,6 +37,7 @@ from .hooks import (
 )
 from .loop import TrainLoop
 from .optim import MAIN, build_optimizations
+from .processes import wrap_ddp
 from .resume import (
     changed_keys,
     config_text,
@@ -97,7 +98,7 @@ class DistillTrainer(DefaultTrainer):
             **saved,
         )
         self._trainer = TrainLoop(
-            wrap_ddp(cfg, training_model),
+            training_model,
             None,  # made by train(), when the place to start from is known
             {name: item.optimizer for name, item in self.optimizations.items()},
             amp_dtype=getattr(torch, cfg.SOLVER.AMP.DTYPE) if cfg.SOLVER.AMP.ENABLED else None,
@@ -222,6 +223,9 @@ class DistillTrainer(DefaultTrainer):
             self._trainer.data_loader = self.build_train_loader(
                 self.cfg, self.start_iter, self.seed
             )
+        self._trainer.iter = self.start_iter
+        if comm.get_world_size() > 1:
+            self._trainer.distribute(functools.partial(wrap_ddp, self.cfg))
         writable_folder(self.cfg.OUTPUT_DIR, "OUTPUT_DIR")
         with stopping.stop_after_step():
             try:
@@ -312,28 +316,6 @@ class DistillTrainer(DefaultTrainer):
                 f"{comm.get_world_size()}: it does not continue exactly"
             )
         set_floats(self._unwrapped, running[min(comm.get_rank(), len(running) - 1)])
-
-
-def wrap_ddp(cfg: CfgNode, model: nn.Module) -> nn.Module:
-    """The model in DistributedDataParallel if there are several processes (NCCL or gloo).
-
-    Buffers are not broadcast, as in detectron2: each process keeps its own running statistics.
-    """
-    if comm.get_world_size() == 1:
-        return model
-    on_gpu = next(model.parameters()).is_cuda
-    if not on_gpu and torch.distributed.get_backend() == "nccl":
-        raise ConfigError(
-            "MODEL.DEVICE cpu with several processes on a machine with GPUs: set the environment "
-            'variable CUDA_VISIBLE_DEVICES=""'
-        )
-    return DistributedDataParallel(
-        model,
-        device_ids=[comm.get_local_rank()] if on_gpu else None,
-        broadcast_buffers=False,
-        find_unused_parameters=cfg.SOLVER.DDP_FIND_UNUSED_PARAMETERS,
-        gradient_as_bucket_view=True,
-    )
 
 
 def _hide_user_errors() -> None:
