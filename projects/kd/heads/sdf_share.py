@@ -82,9 +82,10 @@ class ModuleShare(nn.Module):
         if self._in_a_row >= IN_A_ROW and not self._warned and comm.is_main_process():
             self._warned = True
             logger.warning(
-                "KD.SDF: its own modules made %.0f %% of the fall of loss_kd_sdf from %.3g to "
-                "%.3g: it says nothing about the student (lower KD.SDF.LR_FACTOR, or "
-                "KD.SDF.TEACHER_SDF 'frozen'; KD.SDF.DETACH True is the control)",
+                "KD.SDF: its own modules made %.0f %% of the fall of loss_kd_sdf (at weight 1 from "
+                "%.3g to %.3g): it says nothing about the student (lower KD.SDF.LR_FACTOR and "
+                "KD.ADAPTER.LR_FACTOR, or KD.SDF.TEACHER_SDF 'frozen'; KD.SDF.DETACH True is the "
+                "control)",
                 100 * share,
                 self.first.item(),
                 loss.item(),
