@@ -160,6 +160,9 @@ def _add_data_keys(cfg: CN) -> None:
     cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
     # [[data set, factor], ...] for WeightedTrainingSampler and WeightedCategoryTrainingSampler.
     cfg.DATASETS.TRAIN_REPEAT_FACTOR = []
+    # The headers of all images are read before training or evaluation. After so many seconds the
+    # rest is left to when it is drawn, with a warning. 0.0 = no image is looked at before.
+    cfg.DATALOADER.IMAGE_CHECK_SECONDS = 600.0
 
 
 def _add_backbone_keys(cfg: CN) -> None:

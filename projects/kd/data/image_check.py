@@ -21,7 +21,6 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.utils import comm
 from tqdm import tqdm
 
-from ..config import register_config
 from ..errors import ConfigError, DataError
 from ..images import ImageHeader, image_header, mode_problem, size_problem
 from .coco_json import read_coco
@@ -29,14 +28,6 @@ from .coco_json import read_coco
 THREADS = 16  # files may lie on a network, where each one is a wait
 
 logger = logging.getLogger(__name__)
-
-
-@register_config
-def add_image_check_config(cfg: CfgNode) -> None:
-    """Add DATALOADER.IMAGE_CHECK_SECONDS."""
-    # The headers of all images are read before training or evaluation. After so many seconds the
-    # rest is left to when it is drawn, with a warning. 0.0 = no image is looked at before.
-    cfg.DATALOADER.IMAGE_CHECK_SECONDS = 600.0
 
 
 class ImageFile(NamedTuple):
