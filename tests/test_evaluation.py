@@ -434,6 +434,7 @@ def test_semantic_segmentation_where_data_and_model_have_it(tmp_path, kind):
 
 def test_panoptic_data_get_all_evaluators(tmp_path):
     semantic_data(tmp_path, "eval_panoptic", "coco_panoptic_seg")
+    MetadataCatalog.get("eval_panoptic").panoptic_json = str(tmp_path / "panoptic.json")
     combined = build_evaluator(config("eval_panoptic"), "eval_panoptic", str(tmp_path))
     assert isinstance(combined, DatasetEvaluators)
     names = [type(evaluator).__name__ for evaluator in combined._evaluators]
