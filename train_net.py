@@ -17,10 +17,10 @@ import os
 from detectron2.config import CfgNode
 from detectron2.engine import hooks
 from detectron2.evaluation import verify_results
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 
 from projects.kd import check_config, load_config
+from projects.kd.building import build_detector
 from projects.kd.data.image_check import check_images
 from projects.kd.data.register import register_configured
 from projects.kd.engine.checkpoint import DistillCheckpointer, output_checkpoint
@@ -46,6 +46,8 @@ def setup(args) -> CfgNode:
         cfg = load_config(args.config_file, args.opts)
     register_configured(cfg)
     check_config(cfg, training=not args.eval_only)
+    if args.eval_only:
+        check_to_evaluate(cfg, args)
     cfg.freeze()
     found = output_checkpoint(cfg.OUTPUT_DIR)
     if found and not args.resume and not args.eval_only:
@@ -60,6 +62,19 @@ def setup(args) -> CfgNode:
     return cfg
 
 
+def check_to_evaluate(cfg: CfgNode, args) -> None:
+    """ConfigError where --eval-only has nothing to evaluate on, or nothing but random weights."""
+    if not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST is empty: name a data set to evaluate on")
+    resumes = args.resume and output_checkpoint(cfg.OUTPUT_DIR)
+    if not (cfg.MODEL.WEIGHTS or resumes or args.untrained):
+        raise ConfigError(
+            "MODEL.WEIGHTS is empty: --eval-only would evaluate random weights; name a checkpoint"
+            + (f", OUTPUT_DIR {cfg.OUTPUT_DIR} holds none to --resume" if args.resume else "")
+            + ", or add --untrained"
+        )
+
+
 def test_with_tta(cfg: CfgNode, student):
     """Results with test-time augmentation (TEST.AUG), keys marked with _TTA."""
     folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
@@ -69,13 +84,13 @@ def test_with_tta(cfg: CfgNode, student):
 
 def evaluate_only(cfg: CfgNode, args):
     """Build and load the student alone and evaluate it."""
-    student = build_model(cfg)
+    student = build_detector(cfg)
     DistillCheckpointer(
         student,
         cfg.OUTPUT_DIR,
         allow_pickle=cfg.KD.ALLOW_PICKLE,
         use_ema=cfg.SOLVER.EMA.EVAL_ONLY,
-        complete=True,
+        complete=not args.untrained,
     ).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     results = DistillTrainer.test(cfg, student)
     if cfg.TEST.AUG.ENABLED:
@@ -114,6 +129,9 @@ def parse_arguments(argv=None):
     recipe.add_argument("--teacher", default="", help="the teacher's config: file or model_zoo://")
     recipe.add_argument("--teacher-weights", default="", help="default: those of its config")
     recipe.add_argument("--method", default="", help="imitation head, default: by detector")
+    parser.add_argument(
+        "--untrained", action="store_true", help="let --eval-only evaluate random weights"
+    )
     return parser.parse_args(argv)
 
 

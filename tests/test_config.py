@@ -115,7 +115,7 @@ def test_python_tags_run_only_in_the_zoos_own_files(write, tmp_path):
         ("SOLVER: {MAX_ITER: many}", r"many.*SOLVER\.MAX_ITER"),
         ("KD: 3", "KD"),
         ("VERSION: 1", "VERSION 1"),
-        ("SOLVER: {MAX_ITER: [", "cannot be read as a YAML config"),
+        ("SOLVER: {MAX_ITER: [", "cannot be read as YAML"),
         ("- a\n- b", "cannot be read as a YAML config"),
         ("just text", "cannot be read as a YAML config"),
         ("", "cannot be read as a YAML config"),
@@ -226,3 +226,66 @@ def test_user_errors_of_other_processes_are_found_in_their_text(capsys):
     with pytest.raises(SystemExit), exit_on_user_error():
         raise RuntimeError(text)
     assert capsys.readouterr().err == "error: a.jpg: cannot be read\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("SOLVER: {MAX_ITER: 3}\nSOLVER: {BASE_LR: 0.1}", "line 2: the key SOLVER stands twice"),
+        ("_BASE_: config.yaml", r"config\.yaml: _BASE_ 'config.yaml' is based on this file itself"),
+        ("_BASE_: 5", "cannot be read as a YAML config"),
+        ("SOLVER: {1: 2}", "line 1: the key 1 is no text"),
+        ("OUTPUT_DIR:", "OUTPUT_DIR has no value"),
+        ("SOLVER:", "SOLVER has no value"),
+        ("SOLVER: 3", "SOLVER is 3, but it is a group of keys"),
+        ("SOLVER: {MAX_ITR: 3}", r"unknown key SOLVER\.MAX_ITR; did you mean SOLVER\.MAX_ITER"),
+        ("SOLVER: {EVAL_PERIOD: 3}", r"SOLVER\.EVAL_PERIOD; did you mean TEST\.EVAL_PERIOD\?"),
+        ("KD: {MYHEAD: {WEIGHT: 1.0}}", r"unknown key KD\.MYHEAD"),
+        ("OUTPUT_DIR: 2020-01-01", "cannot be read as a YAML config"),
+    ],
+)
+def test_mistakes_that_merging_would_let_pass(write, text, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(write(text))
+    assert "\n" not in str(error.value)
+
+
+def test_a_loop_over_several_files_and_other_encodings(write, tmp_path):
+    write("_BASE_: b.yaml", "a.yaml")
+    with pytest.raises(ConfigError, match=r"c\.yaml.*a\.yaml -> b\.yaml -> c\.yaml -> a\.yaml"):
+        write("_BASE_: c.yaml", "b.yaml")
+        write("_BASE_: a.yaml", "c.yaml")
+        load_config(str(tmp_path / "a.yaml"))
+    (tmp_path / "bom.yaml").write_bytes(b"\xef\xbb\xbfSOLVER: {MAX_ITER: 5}\n")
+    assert load_config(str(tmp_path / "bom.yaml")).SOLVER.MAX_ITER == 5
+    (tmp_path / "latin.yaml").write_bytes(b"OUTPUT_DIR: \xe9\n")
+    with pytest.raises(ConfigError, match="latin.yaml: cannot be read"):
+        load_config(str(tmp_path / "latin.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["SOLVER", "3"], "SOLVER is a group of keys"),
+        (["SOLVER", "{}"], "SOLVER is a group of keys"),
+        (["SOLVER.BASE_LR.X", "3"], "unknown key SOLVER.BASE_LR.X"),
+        (["SOLVER.BASE_LR", "None"], "SOLVER.BASE_LR has no value"),
+        (["solver.max_iter", "3"], "unknown key solver.max_iter; did you mean SOLVER.MAX_ITER"),
+        ([5, 3], "unknown key 5"),
+        (["SOLVER.STEPS", "{[]: 1}"], "command line overrides: "),
+        (["SOLVER.STEPS", "(" * 300 + ")" * 300], "command line overrides: "),
+        (["KD.IMPORTS", "('..',)"], "KD.IMPORTS is"),
+        (["KD.IMPORTS", "('',)"], "KD.IMPORTS is"),
+    ],
+)
+def test_overrides_that_merging_would_let_pass(write, opts, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(write("SOLVER: {MAX_ITER: 3}"), opts)
+    assert "\n" not in str(error.value)
+
+
+def test_the_one_key_whose_none_means_something(write):
+    path = write("SOLVER: {WEIGHT_DECAY_BIAS: null}")
+    assert load_config(path).SOLVER.WEIGHT_DECAY_BIAS is None
+    opts = ["SOLVER.WEIGHT_DECAY_BIAS", "0.5", "SOLVER.WEIGHT_DECAY_BIAS", "None"]
+    assert load_config(path, opts).SOLVER.WEIGHT_DECAY_BIAS is None

@@ -155,3 +155,22 @@ def test_user_errors(demo, photos, tmp_path):
     with pytest.raises(ConfigError, match="MODEL.WEIGHTS is empty"):
         own = ["--input", str(photos), *common, "MODEL.WEIGHTS", ""]
         demo.main(demo.parse_arguments(own))
+
+
+def test_tiles_are_obeyed(demo, photos, tmp_path):
+    """The large picture in tiles gives what the tiled detector gives on it."""
+    model, config = student(tmp_path, "RetinaNet")
+    tiles = ("TEST.TILES.ENABLED", "True", "TEST.TILES.SIZE", 48, "TEST.TILES.OVERLAP", 16)
+    words = ("--config-file", config, "--input", photos / "1.png", "--confidence-threshold", 0)
+    found = {}
+    for name, opts in (("whole", ()), ("tiles", tiles)):
+        demo.main(
+            demo.parse_arguments([str(x) for x in (*words, "--output", tmp_path / name, *opts)])
+        )
+        report = json.loads((tmp_path / name / "detections.json").read_text())
+        found[name] = report[str(photos / "1.png")]
+    assert found["whole"] != found["tiles"] and found["tiles"]
+    cfg = demo.load_config(config, [str(x) for x in tiles])
+    predictor = demo.Predictor(cfg, 0.0)
+    assert isinstance(predictor.model, demo.TiledDetector)
+    assert predictor.model.size == 48

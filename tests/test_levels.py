@@ -11,6 +11,7 @@ from projects.kd import ConfigError
 from projects.kd.levels import (
     canvas_size,
     common_divisibility,
+    default_levels,
     padded_to,
     pair_levels,
     scaled_divisibility,
@@ -179,3 +180,38 @@ def test_scales_whose_grids_cannot_match_are_refused(scale):
 def test_scales_that_are_not_positive_are_refused(scale):
     with pytest.raises(ConfigError, match=r"^KD\.TEACHER\.INPUT_SCALE is .*positive"):
         scaled_divisibility(scale, SAME, 32)
+
+
+def test_levels_that_no_detection_head_reads_are_not_distilled_by_default():
+    pairs = {"p3": "p3", "p4": "p4", "p5": "p5"}
+    student, teacher = nn.Module(), nn.Module()
+    assert default_levels(pairs, student, teacher) == ["p3", "p4", "p5"]  # neither says
+    student.head_in_features = ["p3", "p4"]
+    assert default_levels(pairs, student, teacher) == ["p3", "p4"]
+    teacher.proposal_generator, teacher.roi_heads = nn.Module(), nn.Module()
+    teacher.proposal_generator.in_features = ["p4", "p5"]
+    assert default_levels(pairs, student, teacher) == ["p4"]
+    teacher.roi_heads.mask_in_features = ("p3",)
+    assert default_levels(pairs, student, teacher) == ["p3", "p4"]
+    student.head_in_features = ["p9"]  # nothing would be left
+    assert default_levels(pairs, student, teacher) == ["p3", "p4", "p5"]
+
+
+def test_a_head_takes_the_levels_that_are_read_unless_others_are_named(tmp_path):
+    teacher = kd_models.write_teacher(tmp_path)
+    cut = {"MODEL__RETINANET__IN_FEATURES": ["p3", "p4", "p5", "p6"]}
+    cut["MODEL__ANCHOR_GENERATOR__SIZES"] = [[16], [32], [64], [128]]
+    cfg = kd_models.distill_cfg(teacher, **cut)
+    assert kd_models.build_wrapper(cfg).heads["Mimic"].levels == ("p3", "p4", "p5", "p6")
+    cfg.KD.LEVELS = ("p7", "p3")
+    assert kd_models.build_wrapper(cfg).heads["Mimic"].levels == ("p3", "p7")
+
+
+def test_wrong_levels_are_named_with_the_map_and_with_the_key_that_no_head_reads(tmp_path):
+    cfg = kd_models.distill_cfg(kd_models.write_teacher(tmp_path))
+    cfg.KD.LEVEL_MAP, cfg.KD.MIMIC.LEVELS = [["p3", "p4"]], ("p4",)
+    with pytest.raises(ConfigError, match=r"p4 not among .* share by KD\.LEVEL_MAP: p3"):
+        kd_models.build_wrapper(cfg)
+    cfg.KD.LEVEL_MAP, cfg.KD.LEVELS = [], ("p9",)  # Mimic has levels of its own
+    with pytest.raises(ConfigError, match=r"^KD\.LEVELS: p9 not among"):
+        kd_models.build_wrapper(cfg)

@@ -94,9 +94,10 @@ def test_the_students_own_config_stays():
 
 def test_the_config_builds_and_passes_the_checks():
     shapes = ["DATASETS.TRAIN", "('shapes_train',)", "DATASETS.TEST", "('shapes_val',)"]
-    opts = ["MODEL.DEVICE", "meta", "MODEL.RETINANET.NUM_CLASSES", 6, *shapes]
+    opts = ["MODEL.RETINANET.NUM_CLASSES", 6, *shapes]
     cfg = recipe(method="CWD,FGFI", opts=opts)
     check_config(cfg)
+    cfg.MODEL.DEVICE = "meta"
     cfg.KD.TEACHER.OPTS, cfg.KD.TEACHER.ALLOW_MISSING = ["MODEL.WEIGHTS", ""], True
     with torch.device("meta"):
         model = build_training_model(cfg)
@@ -149,6 +150,27 @@ def test_own_teacher_config(tmp_path):
     losses = kd_models.losses_at(kd_models.build_wrapper(cfg), kd_models.make_batch())
     assert any(key.startswith("loss_kd_pkd") for key in losses)
     assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_the_run_has_a_folder_of_its_own_and_finds_the_trained_teacher(tmp_path, capsys):
+    config, weights = kd_models.write_teacher(tmp_path)
+    teacher = load_config(config)
+    teacher.OUTPUT_DIR = str(tmp_path / "runs" / "teacher")
+    config = kd_models.write_config(teacher, tmp_path / "trained.yaml")
+    plain = kd_models.tiny_cfg(OUTPUT_DIR=str(tmp_path / "runs" / "plain"))
+    student = kd_models.write_config(plain, tmp_path / "student.yaml")
+    with pytest.raises(ConfigError, match="has none, and its OUTPUT_DIR no model_final.pth"):
+        recipe(student, config)
+    (tmp_path / "runs" / "teacher").mkdir(parents=True)
+    trained = tmp_path / "runs" / "teacher" / "model_final.pth"
+    Path(weights).rename(trained)
+    cfg = recipe(student, config)
+    assert cfg.OUTPUT_DIR == str(tmp_path / "runs" / "student_from_trained_PKD")
+    assert cfg.KD.TEACHER.WEIGHTS == str(trained)
+    assert f"teacher's weights from its own run: {trained}" in capsys.readouterr().out
+    kd_models.build_wrapper(cfg)
+    cfg = recipe(student, config, teacher_weights="other.pth", opts=["OUTPUT_DIR", "mine"])
+    assert (cfg.KD.TEACHER.WEIGHTS, cfg.OUTPUT_DIR) == ("other.pth", "mine")
 
 
 def test_config_yaml_goes_by_its_folder(tmp_path):

@@ -180,7 +180,7 @@ def test_missing_parameters_are_listed(files, tmp_path):
         message.startswith("KD.TEACHER.WEIGHTS") and "partial.pth" in message and " 3 " in message
     )
     for name in (*gone, "head.cls_score.weight"):
-        assert name in message
+        assert name.rpartition(".")[0] in message
     cfg.KD.TEACHER.ALLOW_MISSING = True
     assert torch.equal(
         build_teacher(cfg).model.state_dict()["head.cls_subnet.0.weight"],

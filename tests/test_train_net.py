@@ -77,7 +77,7 @@ def test_eval_only_never_builds_a_teacher(config, tmp_path, monkeypatch):
     monkeypatch.setattr(distiller, "build_teacher", lambda cfg: pytest.fail("teacher built"))
     options = ["KD.META_ARCHITECTURE", "DistillMetaArch", "KD.HEADS", "('Mimic',)"]
     options += ["KD.TEACHER.CONFIG_FILE", teacher[0], "KD.TEACHER.WEIGHTS", "missing.pth"]
-    run("--config-file", path, "--eval-only", *options)
+    run("--config-file", path, "--eval-only", "--untrained", *options)
     assert type(evaluated[-1]).__name__ == "RetinaNet"
 
 
@@ -101,7 +101,8 @@ def test_flags_that_belong_together(config):
         run("--config-file", path, "--method", "CWD")
     with pytest.raises(ConfigError, match="TEST.AUG.ENABLED"):
         options = ["MODEL.META_ARCHITECTURE", "ProposalNetwork", "TEST.AUG.ENABLED", "True"]
-        run("--config-file", path, "--eval-only", *options)
+        options += ["MODEL.ANCHOR_GENERATOR.SIZES", "[[16]]"]
+        run("--config-file", path, "--eval-only", "--untrained", *options)
 
 
 def test_user_errors_are_one_line_and_status_2(tmp_path):
@@ -111,3 +112,26 @@ def test_user_errors_are_one_line_and_status_2(tmp_path):
     line = result.stderr.strip().splitlines()[-1]
     assert line.startswith("error: --config-file") and "none.yaml" in line
     assert "Traceback" not in result.stderr
+
+
+def test_random_weights_are_evaluated_only_when_asked_for(config, tmp_path):
+    path, evaluated = config
+    words = ("--config-file", path, "--eval-only")
+    with pytest.raises(ConfigError, match=r"^MODEL\.WEIGHTS is empty: .* or add --untrained"):
+        run(*words)
+    with pytest.raises(ConfigError, match=r"OUTPUT_DIR .*out holds none to --resume"):
+        run(*words, "--resume")
+    with pytest.raises(ConfigError, match=r"^DATASETS\.TEST is empty"):
+        run(*words, "--untrained", "DATASETS.TEST", "()")
+    assert not evaluated and not (tmp_path / "out").exists()
+    assert run(*words, "--untrained") == {"bbox": {"AP": 2.0}}
+    state = evaluated[0].state_dict()
+    torch.save({"model": state}, tmp_path / "whole.pth")
+    del state["head.cls_score.bias"]
+    torch.save({"model": state}, tmp_path / "partial.pth")
+    run(*words, "MODEL.WEIGHTS", tmp_path / "whole.pth")
+    partial = ("MODEL.WEIGHTS", tmp_path / "partial.pth")
+    with pytest.raises(ConfigError, match=r"lacks 1 of the parameters .*--untrained"):
+        run(*words, *partial)
+    run(*words, "--untrained", *partial)
+    assert len(evaluated) == 3

@@ -24,16 +24,17 @@ import cv2  # noqa: E402
 import detectron2.data.transforms as T  # noqa: E402
 import torch  # noqa: E402
 from detectron2.data import MetadataCatalog  # noqa: E402
-from detectron2.modeling import build_model  # noqa: E402
 from detectron2.utils.visualizer import Visualizer  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from projects.kd import ConfigError, check_config, load_config  # noqa: E402
 from projects.kd.arguments import Parser, number  # noqa: E402
+from projects.kd.building import build_detector  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import DataError, exit_on_user_error  # noqa: E402
 from projects.kd.files import writable_folder  # noqa: E402
 from projects.kd.images import in_format, read_image  # noqa: E402
+from projects.kd.tiles import TiledDetector  # noqa: E402
 from projects.kd.weights import load_detector  # noqa: E402
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -62,13 +63,15 @@ class Predictor:
     def __init__(self, cfg, threshold: float):
         if not cfg.MODEL.WEIGHTS:
             raise ConfigError("MODEL.WEIGHTS is empty: name the student's checkpoint")
-        self.model = build_model(cfg).eval()
+        self.model = build_detector(cfg).eval()
         missing = load_detector(self.model, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", cfg.KD.ALLOW_PICKLE)
         if missing:
             raise ConfigError(
                 f"MODEL.WEIGHTS: '{cfg.MODEL.WEIGHTS}' lacks {len(missing)} of the student's "
                 f"parameters: {', '.join(missing)}"
             )
+        if cfg.TEST.TILES.ENABLED:
+            self.model = TiledDetector.from_config(cfg, self.model)
         self.resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         self.format = cfg.INPUT.FORMAT
         self.white = cfg.INPUT.WHITE

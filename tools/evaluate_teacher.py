@@ -26,12 +26,12 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch  # noqa: E402
-from detectron2.modeling import build_model  # noqa: E402
 from detectron2.utils.logger import setup_logger  # noqa: E402
 
 from projects.kd import ConfigError, build_teacher, check_config, load_config  # noqa: E402
 from projects.kd.arguments import Parser  # noqa: E402
 from projects.kd.assistant import build_assistant, judge  # noqa: E402
+from projects.kd.building import build_detector  # noqa: E402
 from projects.kd.data.classes import check_taught_names  # noqa: E402
 from projects.kd.data.image_check import check_images  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
@@ -59,7 +59,7 @@ def build(cfg, student_input: bool):
     if not cfg.KD.TEACHER.CONFIG_FILE:
         if not cfg.MODEL.WEIGHTS:
             raise ConfigError("MODEL.WEIGHTS is empty: name the weights to evaluate")
-        model = build_model(cfg)
+        model = build_detector(cfg)
         missing = load_detector(model, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", cfg.KD.ALLOW_PICKLE)
         if missing:
             raise ConfigError(

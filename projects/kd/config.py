@@ -11,15 +11,17 @@ import os
 from collections.abc import Callable, Sequence
 
 import torch
-import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 from detectron2.projects.deeplab import add_deeplab_config
 from detectron2.utils.logger import log_first_n
 
+from .config_files import check_keys, check_override, read_yaml
 from .errors import ConfigError
-from .files import MODEL_ZOO_PREFIX, is_zoo_config, resolve_config
+from .files import resolve_config
 
+# what KD.TEACHER.DTYPE names
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INHERIT = -2  # a head's START_ITER / WARMUP_ITERS / END_ITER: take the common KD.* value
 # a head's START_ITER, WARMUP_ITERS: the published warm-up, 30000 and 1000 of 90000 iterations, in
 # proportion to SOLVER.MAX_ITER
@@ -44,7 +46,7 @@ def head_node(weight: float, mask_padding: bool) -> CN:
     """
     node = CN()
     node.WEIGHT = weight
-    # Student level names to distil, e.g. ("p3", "p4"). () = KD.LEVELS, and that empty: all common.
+    # Student level names to distil, e.g. ("p3", "p4"). () = KD.LEVELS, and what that is if empty.
     node.LEVELS = ()
     # True: cells that lie in the padding of a batch take no part in the loss.
     node.MASK_PADDING = mask_padding
@@ -82,7 +84,8 @@ def _add_distillation_keys(cfg: CN) -> None:
     # Data sets with label maps: [[name, image folder, label folder, [class, ...]], ...]. Labels are
     # one-byte .png with the image's name; pixel value = index of the class, 255 = none.
     kd.SEM_SEG_DATASETS = []
-    # Student levels to distil, for all heads that do not set their own. () = all common levels.
+    # Student levels to distil, for all heads that do not set their own. () = all common levels that
+    # the detection heads of both sides read.
     kd.LEVELS = ()
     # [[student level, teacher level], ...]; [] = pair levels of equal stride.
     kd.LEVEL_MAP = []
@@ -195,30 +198,6 @@ def _add_segmentation_keys(cfg: CN) -> None:
     cfg.INPUT.CROP.AFTER_RESIZE = False
 
 
-class _ConfigFile(CN):
-    """A YAML file whose ``_BASE_`` may be a ``model_zoo://`` name, read without running code.
-
-    detectron2's Base-RetinaNet.yaml computes its anchor sizes with a Python tag. Such tags are
-    obeyed only in the installed zoo's own files and in byte-identical copies of them.
-    """
-
-    @classmethod
-    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
-        if MODEL_ZOO_PREFIX in filename:  # a _BASE_ entry, joined to the folder of its file
-            name = filename[filename.index(MODEL_ZOO_PREFIX) :]
-            filename = resolve_config(name, "_BASE_")
-        log = logging.getLogger("fvcore.common.config")
-        log.addFilter(_is_news)
-        try:
-            return super().load_yaml_with_base(filename, allow_unsafe=is_zoo_config(filename))
-        finally:
-            log.removeFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return "unsafe_load" not in str(record.msg)  # only the zoo's own files get that far
-
-
 def load_config(
     config_file: str, opts: Sequence = (), source: str = "command line overrides"
 ) -> CN:
@@ -254,49 +233,49 @@ def load_config(
     return cfg
 
 
-def read_yaml(path: str) -> CN:
-    """Read a YAML config with its ``_BASE_`` chain; ConfigError if that does not work."""
-    try:
-        return CN(_ConfigFile.load_yaml_with_base(path))
-    except yaml.constructor.ConstructorError as error:
-        raise ConfigError(f"{path}: holds Python tags, write the values out: {error}") from error
-    except (yaml.YAMLError, OSError, AttributeError, TypeError, AssertionError) as error:
-        raise ConfigError(f"{path}: cannot be read as a YAML config: {error}") from error
-
-
 def merge_config(cfg: CN, raw: CN, path: str) -> None:
     """Merge what :func:`read_yaml` gave; ConfigError names the file and the key."""
     if raw.get("VERSION", cfg.VERSION) != cfg.VERSION:
         raise ConfigError(f"{path}: VERSION {raw.VERSION} is not {cfg.VERSION}, rewrite its keys")
+    check_keys(raw, cfg, path)
     try:
         cfg.merge_from_other_cfg(raw)
-    except (KeyError, ValueError, AssertionError) as error:
+    except (KeyError, ValueError, AssertionError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: {_message(error)}") from error
 
 
 def merge_overrides(cfg: CN, opts: Sequence, source: str = "command line overrides") -> None:
     """Merge ``["KEY", value, ...]``; ConfigError names the source and the key."""
-    try:
-        cfg.merge_from_list(list(opts))
-    except (KeyError, ValueError, AssertionError) as error:
-        raise ConfigError(f"{source}: {_message(error)}") from error
+    opts = list(opts)
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        check_override(key, value, cfg, source)
+        try:
+            cfg.merge_from_list([key, value])
+        except (KeyError, ValueError, AssertionError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{source}: {_message(error)}") from error
+        except (RecursionError, MemoryError) as error:
+            raise ConfigError(f"{source}: {key}: the value is nested too deeply") from error
 
 
 def _message(error: BaseException) -> str:
-    text = str(error.args[0]) if error.args else str(error)
-    if isinstance(error, KeyError) and "Non-existent" not in text:
-        text = f"unknown key {text}"
-    return text
+    return str(error.args[0]) if error.args else str(error)
 
 
 def _early_imports(raw: CN, opts: Sequence) -> tuple[str, ...]:
     kd = raw.get("KD")
     value = kd.get("IMPORTS", ()) if isinstance(kd, dict) else ()
     value = dict(zip(opts[::2], opts[1::2], strict=True)).get("KD.IMPORTS", value)
-    names = CN._decode_cfg_value(value)  # YAML reads a tuple as a string
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+    try:
+        names = CN._decode_cfg_value(value)  # YAML reads a tuple as a string
+    except (TypeError, RecursionError, MemoryError):
+        names = None
+    if not isinstance(names, (list, tuple)) or not all(_is_module(name) for name in names):
         raise ConfigError(f"KD.IMPORTS is {value}: write a tuple of modules, ('package.module',)")
     return tuple(names)
+
+
+def _is_module(name) -> bool:
+    return isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
 
 
 def _import_modules(names: Sequence[str], path: str) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 
 import torch
 from detectron2.config import configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .building import build_detector
 from .context import DistillContext, ModelInfo
 from .data.classes import compare_with_teacher
 from .errors import ConfigError, DataError
@@ -90,7 +91,7 @@ class DistillMetaArch(nn.Module):
     @classmethod
     def from_config(cls, cfg) -> dict:
         """Build the student of MODEL.META_ARCHITECTURE, the teacher and KD.HEADS."""
-        student = build_model(cfg)
+        student = build_detector(cfg)
         teacher = build_teacher(cfg)
         backbones = student.backbone, teacher.model.backbone
         level_map = pair_levels(cfg.KD.LEVEL_MAP, *backbones, required=False)
@@ -270,7 +271,7 @@ def build_training_model(cfg) -> nn.Module:
     if cfg.KD.META_ARCHITECTURE:
         model = META_ARCH_REGISTRY.get(cfg.KD.META_ARCHITECTURE)(cfg).to(cfg.MODEL.DEVICE)
     else:
-        model = build_model(cfg)
+        model = build_detector(cfg)
     return guard_narrow_maps(model)
 
 

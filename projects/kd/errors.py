@@ -89,7 +89,7 @@ def require_one_of(key: str, value, allowed) -> None:
 
 
 def did_you_mean(name, known: Iterable, cutoff: float = 0.6) -> str:
-    """ "; did you mean X or Y?" with the nearest of the known names, "" if none is near.
+    """ "; did you mean X or Y?" with the known names that are nearest, "" if none is near.
 
     Args:
         name: what was written; case does not count.
@@ -97,8 +97,11 @@ def did_you_mean(name, known: Iterable, cutoff: float = 0.6) -> str:
         cutoff: see ``difflib.get_close_matches``.
     """
     by_case = {str(x).lower(): str(x) for x in known}
-    near = difflib.get_close_matches(str(name).lower(), list(by_case), n=3, cutoff=cutoff)
-    return f"; did you mean {' or '.join(by_case[x] for x in near)}?" if near else ""
+    word = str(name).lower()
+    near = difflib.get_close_matches(word, list(by_case), n=3, cutoff=cutoff)
+    closeness = [difflib.SequenceMatcher(None, word, x).ratio() for x in near]
+    near = [by_case[x] for x, y in zip(near, closeness, strict=True) if y > closeness[0] - 0.05]
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 @contextlib.contextmanager

@@ -55,6 +55,39 @@ def pair_levels(
     return dict(sorted(pairs.items(), key=lambda pair: ours[pair[0]].stride))
 
 
+def levels_read(detector: nn.Module) -> set[str]:
+    """Backbone levels that a detector's heads read; empty where they do not say.
+
+    detectron2's heads keep them in ``in_features`` and the like. A level that no head reads (p7 of
+    a RetinaNet whose IN_FEATURES end at p6) is never trained.
+    """
+    names = ("head_in_features", "in_features")
+    names += tuple(f"{part}_in_features" for part in ("box", "mask", "keypoint"))
+    found: set[str] = set()
+    for part in ("", "proposal_generator", "roi_heads", "sem_seg_head"):
+        module = getattr(detector, part, None) if part else detector
+        for name in names:
+            levels = getattr(module, name, None)
+            if isinstance(levels, (list, tuple)):
+                found.update(level for level in levels if isinstance(level, str))
+    return found
+
+
+def default_levels(pairs: Mapping[str, str], student: nn.Module, teacher: nn.Module) -> list[str]:
+    """Those of the paired levels that heads of both detectors read.
+
+    Args:
+        pairs: student level to teacher level.
+        student, teacher: the detectors. One that does not say what it reads counts as reading all.
+
+    Returns:
+        Student levels in the order of ``pairs``; all of them if nothing would be left.
+    """
+    ours, theirs = levels_read(student), levels_read(teacher)
+    read = [a for a, b in pairs.items() if (not ours or a in ours) and (not theirs or b in theirs)]
+    return read or list(pairs)
+
+
 def _check_names(side: str, names, shapes: Mapping[str, ShapeSpec]) -> None:
     unknown = [name for name in names if name not in shapes]
     if unknown:

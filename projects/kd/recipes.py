@@ -13,17 +13,19 @@ from dataclasses import dataclass, field
 
 import torch
 from detectron2.config import get_cfg
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_model
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
 from torch import nn
 
+from .building import build_detector
 from .config import load_config, merge_overrides
 from .errors import ConfigError
 from .files import MODEL_ZOO_PREFIX, resolve_config, zoo_weights_url
 from .heads.base import IMITATION_HEAD_REGISTRY, head_class
 from .heads.sdf import PRESETS
-from .levels import pair_levels
+from .key_checks import check_each
+from .levels import default_levels, pair_levels
 from .teacher import build_from_lazy, build_from_yaml
 
 ONE_STAGE, TWO_STAGE, OTHER = "one-stage", "two-stage", "other"
@@ -114,14 +116,18 @@ def apply_recipe(args):
     cfg.KD.HEADS = _methods(args.method)
     cfg.KD.TEACHER.CONFIG_FILE = args.teacher
     cfg.KD.TEACHER.WEIGHTS = args.teacher_weights or cfg.KD.TEACHER.WEIGHTS
+    check_each(cfg)
     student = _student_outline(cfg)
-    teacher, weights = _teacher_outline(cfg)
+    teacher, weights, trained = _teacher_outline(cfg)
+    if trained and not cfg.KD.TEACHER.WEIGHTS:
+        cfg.KD.TEACHER.WEIGHTS = trained
+        if comm.is_main_process():
+            print(f"recipe: teacher's weights from its own run: {trained}", flush=True)
     if not (args.eval_only or cfg.KD.TEACHER.ALLOW_MISSING):
         _check_trained(args.teacher, cfg.KD.TEACHER.WEIGHTS or weights)
-    levels = list(pair_levels(cfg.KD.LEVEL_MAP, student.backbone, teacher.backbone))
-    if cfg.OUTPUT_DIR == get_cfg().OUTPUT_DIR:
-        names = (_stem(args.config_file), "from", _stem(args.teacher), *cfg.KD.HEADS)
-        cfg.OUTPUT_DIR = os.path.join("output", "_".join(names))
+    pairs = pair_levels(cfg.KD.LEVEL_MAP, student.backbone, teacher.backbone)
+    levels = default_levels(pairs, student, teacher)
+    cfg.OUTPUT_DIR = _own_folder(cfg.OUTPUT_DIR, args, cfg.KD.HEADS)  # overrides come after it
     lines = [_fill(cfg, method, student, teacher, levels) for method in cfg.KD.HEADS]
     merge_overrides(cfg, args.opts)
     if comm.is_main_process():
@@ -197,11 +203,11 @@ def _student_outline(cfg) -> nn.Module:
             "(is its module in KD.IMPORTS?)"
         )
     with torch.device("meta"):
-        return build_model(_without_weights(cfg))
+        return build_detector(_without_weights(cfg))
 
 
-def _teacher_outline(cfg) -> tuple[nn.Module, str]:
-    """The teacher on the meta device, and the weights that its config names."""
+def _teacher_outline(cfg) -> tuple[nn.Module, str, str]:
+    """The teacher on the meta device, the weights that its config names, those that it trained."""
     node = cfg.KD.TEACHER
     path = resolve_config(node.CONFIG_FILE, "--teacher")
     lazy = path.endswith(".py")
@@ -210,17 +216,37 @@ def _teacher_outline(cfg) -> tuple[nn.Module, str]:
         no_backbone_weights = ["MODEL.TIMM.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", False]
         outline.KD.TEACHER.OPTS = [*node.OPTS, *no_backbone_weights]
     with torch.device("meta"):
-        model, _, weights, *_ = (build_from_lazy if lazy else build_from_yaml)(outline, path)
+        model, own, weights, *_ = (build_from_lazy if lazy else build_from_yaml)(outline, path)
     if node.CONFIG_FILE.startswith(MODEL_ZOO_PREFIX) and "MODEL.WEIGHTS" not in node.OPTS:
         weights = zoo_weights_url(node.CONFIG_FILE) or weights
-    return model, weights
+    return model, weights, _trained_weights(own)
+
+
+def _trained_weights(cfg) -> str:
+    """model_final.pth of the run of a config, "" if it has none.
+
+    The folder that every config has by default is left out: what lies there may be of any run.
+    """
+    if cfg is None or os.path.normpath(cfg.OUTPUT_DIR) == os.path.normpath(get_cfg().OUTPUT_DIR):
+        return ""
+    path = os.path.join(os.path.expandvars(os.path.expanduser(cfg.OUTPUT_DIR)), "model_final.pth")
+    return path if os.path.isfile(path) else ""
+
+
+def _own_folder(students: str, args, heads: tuple[str, ...]) -> str:
+    """OUTPUT_DIR of a one-flag run, beside the plain student's, which it must never take."""
+    names = (_stem(args.config_file), "from", _stem(args.teacher), *heads)
+    default = os.path.normpath(students) == os.path.normpath(get_cfg().OUTPUT_DIR)
+    parent = "output" if default else os.path.dirname(os.path.normpath(students))
+    return os.path.join(parent, "_".join(names))
 
 
 def _check_trained(teacher: str, weights: str) -> None:
     if not weights or "ImageNetPretrained" in weights:
         found = f"only '{weights}', where its training starts" if weights else "none"
         raise ConfigError(
-            f"--teacher-weights: name the trained teacher's weights; '{teacher}' has {found}"
+            f"--teacher-weights: name the trained teacher's weights; '{teacher}' has {found}, and "
+            "its OUTPUT_DIR no model_final.pth"
         )
 
 

@@ -33,13 +33,6 @@ def verdicts(student_cfg, teacher_cfg) -> dict[str, dict[str, str]]:
     (student, cfg), (model, theirs) = sides
     teacher = SimpleNamespace(model=model, cfg=theirs)
     level_map = pair_levels(cfg.KD.LEVEL_MAP, student.backbone, model.backbone)
-    # a one-stage head may leave a level of its pyramid out
-    read = [getattr(side, "head_in_features", None) for side in (student, model)]
-    cfg.KD.LEVELS = tuple(
-        ours
-        for ours, theirs in level_map.items()
-        if (read[0] is None or ours in read[0]) and (read[1] is None or theirs in read[1])
-    )
     infos = paired_infos(cfg, student, teacher, level_map)
     found: dict[str, dict[str, str]] = {}
     for name, cls in sorted(IMITATION_HEAD_REGISTRY):

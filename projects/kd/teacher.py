@@ -10,23 +10,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from detectron2.config import LazyConfig, instantiate
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import ImageList
 from torch import nn
 
-from .config import load_config
+from .building import build_detector
+from .config import DTYPES, load_config
 from .context import ModelInfo
 from .data.register import names_by_kind
-from .errors import ConfigError, UserError
+from .errors import ConfigError, UserError, did_you_mean
 from .files import MODEL_ZOO_PREFIX, resolve_config, zoo_weights_url
+from .key_checks import TEACHER_KEYS, check_each
 from .narrow_maps import guard_narrow_maps
 from .taps import FeatureTaps, taps_for
 from .weight_files import modules_in
 from .weights import load_weights
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Teacher:
@@ -198,6 +198,7 @@ def build_teacher(cfg) -> Teacher:
             )
     elif not node.ALLOW_MISSING:
         raise ConfigError("KD.TEACHER.WEIGHTS is empty and the teacher's config names no weights")
+    _check_formats(cfg.INPUT.FORMAT, input_format)
     teacher = Teacher(
         model,
         input_format=input_format,
@@ -211,17 +212,35 @@ def build_teacher(cfg) -> Teacher:
     return teacher
 
 
+def _check_formats(ours: str, theirs: str) -> None:
+    """Channels can be swapped and grey be shown as a colour; nothing else is converted."""
+    colours = ("BGR", "RGB")
+    if ours != theirs and not (ours in (*colours, "L") and theirs in colours):
+        raise ConfigError(
+            f"INPUT.FORMAT is {ours}, and the teacher's is {theirs}: one image serves both, it can "
+            "be BGR or RGB on either side, L for the student of such a teacher, or the same"
+        )
+
+
 def build_from_yaml(cfg, path: str):
     """A teacher from a yacs config: (model, its config, weights, image format, data sets)."""
-    teacher_cfg = load_config(path, cfg.KD.TEACHER.OPTS, "KD.TEACHER.OPTS")
+    try:
+        teacher_cfg = load_config(path, cfg.KD.TEACHER.OPTS, "KD.TEACHER.OPTS")
+    except ConfigError as error:
+        start = "" if str(error).startswith("KD.TEACHER") else "KD.TEACHER.CONFIG_FILE: "
+        raise ConfigError(f"{start}{error}") from error
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
-    if teacher_cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
+    source = f"KD.TEACHER.CONFIG_FILE '{path}'"
+    source += " with KD.TEACHER.OPTS" if cfg.KD.TEACHER.OPTS else ""
+    arch = teacher_cfg.MODEL.META_ARCHITECTURE
+    if arch not in META_ARCH_REGISTRY:
         raise ConfigError(
-            f"KD.TEACHER.CONFIG_FILE: '{path}' has the MODEL.META_ARCHITECTURE "
-            f"'{teacher_cfg.MODEL.META_ARCHITECTURE}', which is not registered (KD.IMPORTS)"
+            f"{source}: its MODEL.META_ARCHITECTURE '{arch}' is not registered (KD.IMPORTS)"
+            f"{did_you_mean(arch, (name for name, _ in META_ARCH_REGISTRY))}"
         )
+    check_each(teacher_cfg, TEACHER_KEYS, source)
     teacher_cfg.freeze()
-    model = build_model(teacher_cfg)
+    model = build_detector(teacher_cfg, source)
     weights = teacher_cfg.MODEL.WEIGHTS
     return model, teacher_cfg, weights, teacher_cfg.INPUT.FORMAT, teacher_cfg.DATASETS.TRAIN
 

@@ -112,7 +112,8 @@ def test_a_level_without_logits_is_refused():
     student = toy_info(3)
     student.model.head_in_features = ["p3", "p4"]
     with pytest.raises(ConfigError, match="KD.CWD.LEVELS.*p5"):
-        build(student=student, TARGET="dense")
+        build(student=student, TARGET="dense", LEVELS=("p3", "p5"))
+    assert build(student=student, TARGET="dense").levels == ("p3", "p4")  # those that it reads
 
 
 @pytest.mark.parametrize(("key", "value"), [("TARGET", "logits"), ("TAU", 0.0), ("TAU", -1.0)])

@@ -214,6 +214,7 @@ class DistillCheckpointer(SafeCheckpointer):
                 f"{self.key}: '{self._name}' lacks {len(lacking)} of the parameters and buffers of "
                 f"the student as MODEL describes it, which would be evaluated with random ones: "
                 f"{modules_in(lacking)}; its {len(self.names)} entries are {modules_in(self.names)}"
+                "; --untrained evaluates it all the same"
             )
         matched = total - len(unmatched)
         if matched <= 0 or matched < total / 2:

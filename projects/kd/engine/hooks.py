@@ -47,6 +47,44 @@ class AuxLRScheduler(HookBase):
             scheduler.load_state_dict(state[name])
 
 
+class LossBalance(HookBase):
+    """Warns once when distillation drowns the task: ``loss_kd_*`` above so many times its losses.
+
+    Args:
+        period: iterations over which both are averaged, those that the losses are gathered in.
+        limit: the ratio from which it warns. Ours: heads with published weights stay below 3.
+    """
+
+    def __init__(self, period: int, limit: float = 10.0):
+        self.period = period
+        self.limit = limit
+        self.told = False
+
+    def after_step(self) -> None:
+        """Look at the means of the last ``period`` iterations."""
+        if self.told or (self.trainer.iter + 1) % self.period:
+            return
+        means = {
+            name: history.avg(self.period)
+            for name, history in self.trainer.storage.histories().items()
+            if name.startswith("loss_") and not name.startswith("loss_aux_")
+        }
+        distilled = {name: x for name, x in means.items() if name.startswith("loss_kd_")}
+        task = sum(abs(x) for name, x in means.items() if name not in distilled)
+        total = sum(distilled.values())
+        if task > 0 and total > self.limit * task:
+            self.told = True
+            logging.getLogger(__name__).warning(
+                "Distillation losses are %.0f times the task losses (%.3g beside %.3g; the "
+                "largest is %s): the student learns little else. Lower KD.<HEAD>.WEIGHT; "
+                "tools/calibrate.py suggests one",
+                total / task,
+                total,
+                task,
+                max(distilled, key=distilled.get),
+            )
+
+
 class ModelEMA:
     """Exponential moving average of a model's parameters; buffers are copied.
 

@@ -59,10 +59,6 @@ def main_clip(cfg: CfgNode) -> GradientClip | None:
     node = cfg.SOLVER.CLIP_GRADIENTS
     if not node.ENABLED:
         return None
-    if node.CLIP_TYPE not in ("value", "norm", "full_model"):
-        raise ConfigError(
-            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE '{node.CLIP_TYPE}': use value, norm or full_model"
-        )
     return GradientClip(node.CLIP_TYPE, node.CLIP_VALUE, node.NORM_TYPE)
 
 

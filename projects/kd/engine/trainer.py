@@ -21,6 +21,7 @@ from torch import nn
 from ..data.loader import build_train_loader
 from ..distiller import build_training_model, student_of
 from ..errors import ConfigError, Stopped
+from ..export import write_student_config
 from ..files import replacing, writable_folder
 from ..inherit import inherit
 from . import stopping
@@ -28,6 +29,7 @@ from .checkpoint import DistillCheckpointer, Heads
 from .hooks import (
     AuxLRScheduler,
     EMAHook,
+    LossBalance,
     ModelEMA,
     PeriodicWriter,
     PreciseBN,
@@ -180,6 +182,8 @@ class DistillTrainer(DefaultTrainer):
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, lambda: self.unless_stopped(self._test_and_keep)),
         ]
         if comm.is_main_process():
+            if cfg.KD.META_ARCHITECTURE:
+                result.append(LossBalance(cfg.SOLVER.GATHER_METRIC_PERIOD))
             result.append(PeriodicWriter(self.build_writers, period=20))
         return [hook for hook in result if hook is not None]
 
@@ -227,6 +231,8 @@ class DistillTrainer(DefaultTrainer):
         if comm.get_world_size() > 1:
             self._trainer.distribute(functools.partial(wrap_ddp, self.cfg))
         writable_folder(self.cfg.OUTPUT_DIR, "OUTPUT_DIR")
+        if comm.is_main_process():
+            write_student_config(self.cfg, self.student)
         with stopping.stop_after_step():
             try:
                 super().train()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 import torch
 from detectron2.utils import comm
+from detectron2.utils.logger import log_first_n
 from detectron2.utils.registry import Registry
 from torch import nn
 
 from ..adapters import align_spatial, build_adapter
 from ..context import DistillContext, ModelInfo
 from ..errors import ConfigError
-from ..levels import describe
+from ..levels import default_levels, describe
 from ..taps import architectures_with
 
 IMITATION_HEAD_REGISTRY = Registry("IMITATION_HEAD")
@@ -170,7 +172,7 @@ def choose_levels(
     """The levels a head works on, finest first.
 
     Args:
-        wanted: the config's choice; empty = all paired levels.
+        wanted: the config's choice; empty = all paired levels that both detectors' heads read.
         student, teacher: as in :meth:`ImitationHead.from_config`.
         cls: the head, for messages.
 
@@ -179,18 +181,33 @@ def choose_levels(
     """
     paired = [level for level in student.shapes if level in teacher.shapes]
     key = f"KD.{head_name(cls).upper()}.LEVELS"
-    unknown = [level for level in wanted if level not in paired]
-    if unknown:
-        raise ConfigError(
-            f"{key} (or KD.LEVELS): {', '.join(unknown)} not among the levels that student and "
-            f"teacher share: {', '.join(paired) or 'none'}"
-        )
-    chosen = list(wanted) or paired
+    _check_paired(f"{key} (or KD.LEVELS)", wanted, student, paired)
+    chosen = list(wanted)
+    if not chosen:
+        pairs = {level: teacher.own_names.get(level, level) for level in paired}
+        chosen = default_levels(pairs, student.model, teacher.model)
+        _tell_unread([level for level in paired if level not in chosen])
     if not chosen:
         sides = (("student", student), ("teacher", teacher))
         has = "; ".join(f"{n}: {describe(x.model.backbone.output_shape())}" for n, x in sides)
         raise ConfigError(f"{key}: student and teacher share no level; set KD.LEVEL_MAP; {has}")
     return sorted(chosen, key=lambda level: student.shapes[level].stride)
+
+
+def _check_paired(key: str, wanted: Sequence[str], student: ModelInfo, paired) -> None:
+    unknown = [level for level in wanted if level not in paired]
+    if unknown:
+        by = " by KD.LEVEL_MAP" if student.cfg is not None and student.cfg.KD.LEVEL_MAP else ""
+        raise ConfigError(
+            f"{key}: {', '.join(unknown)} not among the levels that student and teacher share{by}: "
+            f"{', '.join(paired) or 'none'}"
+        )
+
+
+def _tell_unread(levels: Sequence[str]) -> None:
+    if levels:
+        text = f"not distilled: {', '.join(levels)}, which no detection head reads (KD.LEVELS)"
+        log_first_n(logging.INFO, text, name=__name__, key="message")
 
 
 def common_width(side: str, info: ModelInfo, levels: Sequence[str], why: str) -> int:
@@ -247,6 +264,7 @@ def build_imitation_heads(cfg, student: ModelInfo, teacher: ModelInfo) -> nn.Mod
         ConfigError: unknown head, or a detector that cannot feed it, with those that can.
     """
     heads = nn.ModuleDict()
+    _check_paired("KD.LEVELS", cfg.KD.LEVELS, student, list(student.shapes))
     for name in cfg.KD.HEADS:
         cls = head_class(name)
         if cls.supports and not _is_a(type(student.model), cls.supports):

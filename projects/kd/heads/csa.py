@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -144,7 +145,7 @@ class CSA(ImitationHead):
         levels = [level for level in kwargs["levels"] if level not in unread]
         scale = cfg.KD.TEACHER.INPUT_SCALE
         strides = {level: student.shapes[level].stride for level in levels}
-        rates = read_rates(node.RATES, strides, scale)
+        rates = read_rates(node.RATES, strides, scale, cfg.INPUT.MAX_SIZE_TRAIN)
         _check_node(node, rates)
         head = build_assistant_head(cfg, student, teacher)
         why = "KD.CSA.LEVELS: one attention serves all levels"
@@ -235,13 +236,16 @@ class CSA(ImitationHead):
         return iteration >= self.idle_iters
 
 
-def read_rates(given: list, strides: Mapping[str, int], scale: float) -> dict[str, tuple[int, ...]]:
+def read_rates(
+    given: list, strides: Mapping[str, int], scale: float, max_size: float = math.inf
+) -> dict[str, tuple[int, ...]]:
     """Rates of every level: those of KD.CSA.RATES, and the table's for the rest.
 
     Args:
         given: KD.CSA.RATES.
         strides: level to stride, of the levels with an assistant.
         scale: side of the teacher's input over that of the student's.
+        max_size: the longest side of a training image.
 
     Raises:
         ConfigError: a level without an assistant, or rates that are no positive integers.
@@ -254,8 +258,14 @@ def read_rates(given: list, strides: Mapping[str, int], scale: float) -> dict[st
                 f"KD.CSA.RATES: {entry} is not for one of the assistant's levels: "
                 f"{', '.join(rates)}; write [[level, rate, rate], ...]"
             )
-        if not values or any(not isinstance(x, int) or x < 1 for x in values):
+        if not values or any(type(x) is not int or x < 1 for x in values):
             raise ConfigError(f"KD.CSA.RATES: the rates of {entry} must be integers from 1 on")
+        cells = max_size * max(scale, 1) / strides[level]
+        if max(values) > max(cells, 1):
+            raise ConfigError(
+                f"KD.CSA.RATES: {max(values)} of {entry} is more cells than {level} has along the "
+                f"longest side of an image, {cells:.0f} (INPUT.MAX_SIZE_TRAIN)"
+            )
         rates[level] = tuple(values)
     return rates
 

@@ -77,16 +77,17 @@ class CWD(MapImitation):
         own = {"tau": node.TAU, "standardize": node.STANDARDIZE}
         if node.TARGET not in ROI_TARGETS:
             return {**super().from_config(cfg, student, teacher), **own}
+        scale = cfg.KD.TEACHER.INPUT_SCALE
+        roi = RoiMaps.build(node.TARGET, student, teacher, "KD.CWD.TARGET", scale)
         if node.LEVELS:
             raise ConfigError(f"KD.CWD.LEVELS: TARGET '{node.TARGET}' has no levels; use ()")
-        scale = cfg.KD.TEACHER.INPUT_SCALE
         return {
             "levels": [],
             "weight": node.WEIGHT,
             "mask_padding": node.MASK_PADDING,
             "target": node.TARGET,
             **own,
-            "roi": RoiMaps.build(node.TARGET, student, teacher, "KD.CWD.TARGET", scale),
+            "roi": roi,
         }
 
     def forward(self, ctx: DistillContext) -> dict[str, torch.Tensor]:

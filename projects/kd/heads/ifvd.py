@@ -6,7 +6,7 @@ import torch
 
 from ..config import head_node, register_config
 from ..context import DistillContext, ModelInfo
-from ..errors import ConfigError, require_one_of
+from ..errors import ConfigError, DataError, require_one_of
 from ..functional.ifvd import box_labels, ifvd_loss, resize_labels
 from ..taps import configured_classes
 from .base import IMITATION_HEAD_REGISTRY
@@ -71,12 +71,20 @@ class IFVD(MapImitation):
         for level, (student, teacher, mask) in zip(names, self.maps(ctx), strict=True):
             size = tuple(student.shape[-2:])
             if self.labels == "sem_seg":
-                labels = resize_labels(ctx.label_maps(self.ignore), size)
+                labels = resize_labels(self._label_maps(ctx), size)
                 total = total + ifvd_loss(student, teacher, labels, self.num_classes, mask)
             else:
                 labels = self._box_labels(ctx, level, size)
                 total = total + ifvd_loss(student, teacher, labels, self.num_classes + 1, mask)
         return {"loss_kd_ifvd": self.weight * total}
+
+    def _label_maps(self, ctx: DistillContext) -> torch.Tensor:
+        try:
+            return ctx.label_maps(self.ignore)
+        except DataError as error:
+            raise DataError(
+                f"KD.IFVD.LABELS 'sem_seg' needs label maps: {error}; 'boxes' makes them of boxes"
+            ) from error
 
     def _box_labels(self, ctx: DistillContext, level: str, size: tuple[int, int]):
         stride, rest = ctx.stride(level), self.num_classes

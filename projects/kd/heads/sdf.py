@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -131,6 +131,7 @@ class SDF(ImitationHead):
         _check_node(node)
         ours, theirs = _stages("student", student), _stages("teacher", teacher)
         pairs = _pair_stages(node.LEVELS, ours, theirs)
+        _check_dilations(cfg, {stage: ours[stage].stride for stage in pairs})
         one_stage = "dense" in student.taps  # heads that predict at every cell of a level
         preset = PRESETS[node.PRESET][0 if one_stage else 1]
         adapters, decouplers = nn.ModuleDict(), nn.ModuleDict()
@@ -253,6 +254,17 @@ def _check_node(node) -> None:
         raise ConfigError(f"KD.SDF.LR_FACTOR is {node.LR_FACTOR}, it must not be negative")
     if not 0 <= node.EMA_DECAY < 1:
         raise ConfigError(f"KD.SDF.EMA_DECAY is {node.EMA_DECAY}, it must lie in [0, 1)")
+
+
+def _check_dilations(cfg, strides: Mapping[str, int]) -> None:
+    widest = max(cfg.KD.SDF.DILATIONS)
+    for stage, stride in strides.items():
+        cells = cfg.INPUT.MAX_SIZE_TRAIN * max(cfg.KD.TEACHER.INPUT_SCALE, 1) / stride
+        if widest > max(cells, 3):
+            raise ConfigError(
+                f"KD.SDF.DILATIONS: {widest} is more cells than {stage} has along the longest side "
+                f"of an image, {cells:.0f} (INPUT.MAX_SIZE_TRAIN)"
+            )
 
 
 def _stages(side: str, info: ModelInfo) -> dict[str, ShapeSpec]:
