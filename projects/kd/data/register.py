@@ -129,7 +129,7 @@ def register_coco_data(
             return
         DatasetCatalog.pop(name, None)  # another config has another order
         MetadataCatalog.pop(name, None)
-    elif is_mapped:
+    if is_mapped:
         _logger.warning(
             f"{json_file}: '{name}' lists the classes in another order than the training set; they "
             f"are matched by name: {', '.join(metadata['thing_classes'][:8])}"
