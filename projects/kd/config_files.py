@@ -119,15 +119,18 @@ def check_override(key, value, cfg: CN, source: str) -> None:
 
 
 def unknown_key(cfg: CN, key: str) -> str:
-    """What to say of a key that does not exist: the nearest, by its last name or as a whole."""
+    """What to say of a key that does not exist: the nearest in its group, or in another one."""
     known = list(_all_keys(cfg))
-    last = key.rpartition(".")[2].upper()
-    elsewhere = [name for name in known if name.rpartition(".")[2] == last]
+    group, dot, last = key.rpartition(".")
+    siblings = _lookup(cfg, group) if dot else cfg
+    elsewhere = [name for name in known if name.rpartition(".")[2] == last.upper()]
     if 0 < len(elsewhere) <= 3:
-        hint = f"; did you mean {' or '.join(elsewhere)}?"
+        hint = did_you_mean(key, elsewhere, cutoff=0.0)
+    elif isinstance(siblings, CN):
+        hint = did_you_mean(last, siblings, prefix=f"{group}{dot}")
     else:
         hint = did_you_mean(key, known, cutoff=0.7)
-    if not hint and key.startswith("KD."):
+    if not hint and key.startswith(("KD.", "MODEL.")):
         hint = " (is the module that adds it in KD.IMPORTS?)"
     return f"unknown key {key}{hint}"
 

@@ -88,20 +88,21 @@ def require_one_of(key: str, value, allowed) -> None:
         )
 
 
-def did_you_mean(name, known: Iterable, cutoff: float = 0.6) -> str:
+def did_you_mean(name, known: Iterable, cutoff: float = 0.6, prefix: str = "") -> str:
     """ "; did you mean X or Y?" with the known names that are nearest, "" if none is near.
 
     Args:
         name: what was written; case does not count.
         known: the names that there are.
         cutoff: see ``difflib.get_close_matches``.
+        prefix: put before each of the names that are shown.
     """
     by_case = {str(x).lower(): str(x) for x in known}
     word = str(name).lower()
     near = difflib.get_close_matches(word, list(by_case), n=3, cutoff=cutoff)
     closeness = [difflib.SequenceMatcher(None, word, x).ratio() for x in near]
-    near = [by_case[x] for x, y in zip(near, closeness, strict=True) if y > closeness[0] - 0.05]
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    best = [by_case[x] for x, y in zip(near, closeness, strict=True) if y > closeness[0] - 0.05]
+    return f"; did you mean {' or '.join(prefix + x for x in best)}?" if best else ""
 
 
 @contextlib.contextmanager

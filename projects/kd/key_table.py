@@ -239,6 +239,7 @@ _REST: dict[str, Rule] = {
     "DATALOADER.NUM_WORKERS": whole(0, 512),
     "DATALOADER.SAMPLER_TRAIN": one_of(*SAMPLERS),
     "DATALOADER.REPEAT_THRESHOLD": number(0),
+    "DATALOADER.IMAGE_CHECK_SECONDS": number(0),
     "DATALOADER.RANDOM_SUBSET_RATIO": Rule(
         lambda x: above(0, 1).test(x) or x == 1.0, "a number above 0, up to 1"
     ),
