@@ -160,7 +160,9 @@ def test_the_teachers_larger_image_is_painted_too(tmp_path):
 
 
 def test_another_value_is_refused():
-    with pytest.raises(ConfigError, match="INPUT.IGNORED_REGIONS: 'drop' is not one of paint"):
+    with pytest.raises(
+        ConfigError, match="INPUT.IGNORED_REGIONS is 'drop', it must be one of 'paint'"
+    ):
         check_config(
             kd_models.tiny_cfg(INPUT__IGNORED_REGIONS="drop", MODEL__RETINANET__NUM_CLASSES=6)
         )

@@ -200,6 +200,7 @@ def test_registered_data_follow_the_environment_and_load(tool, root, monkeypatch
 def test_missing_files_name_the_script():
     cfg = get_cfg()
     add_kd_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
     cfg.MODEL.RETINANET.NUM_CLASSES = 10
     cfg.DATASETS.TEST = ("visdrone_test_missing",)

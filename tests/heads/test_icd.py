@@ -272,6 +272,9 @@ def test_fgfi_attention_is_nothing_where_there_are_no_anchors():
         sizes=[[16.0], [32.0]], aspect_ratios=[[1.0]], strides=[8, 16]
     )
     infos = toy_info(cfg=cfg, model=student), toy_info(TEACHER)
+    # by default the levels that the student's head reads
+    assert ICD(**ICD.from_config(cfg, *infos)).levels == ("p3", "p4")
+    cfg.KD.ICD.LEVELS = ("p3", "p4", "p5")
     head, ctx = ICD(**ICD.from_config(cfg, *infos)), context()
     assert head.levels == ("p3", "p4", "p5")
     head(ctx)["loss_kd_icd"].backward()

@@ -157,7 +157,7 @@ class _EventFile:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        name = f"{int(time.time()):010d}.{os.uname().nodename}.{os.getpid()}.{next(_numbers)}"
+        name = f"{int(time.time()):010d}.{os.uname().nodename}.{os.getpid()}.{next(_numbers):06d}"
         path = os.path.join(folder, f"events.out.tfevents.{name}")
         self.folder = folder
         self.records = RecordWriter(open(path, "wb"))
