@@ -10,8 +10,8 @@ import pytest
 import torch
 import toy_data
 
-import train_net
 from projects.kd import distiller, evaluation
+from projects.kd.commands import train
 from projects.kd.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ def config(tmp_path, monkeypatch):
         return {"bbox": {"AP": 2.0}}
 
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
-    monkeypatch.setattr(train_net, "evaluate", evaluate)
+    monkeypatch.setattr(train, "evaluate", evaluate)
     cfg = kd_models.tiny_cfg(
         MODEL__BACKBONE__NAME="build_toy_fpn_backbone",
         DATASETS__TRAIN=(NAME,),
@@ -44,7 +44,7 @@ def config(tmp_path, monkeypatch):
 
 
 def run(*words):
-    return train_net.main(train_net.parse_arguments([str(word) for word in words]))
+    return train.main(train.parse_arguments([str(word) for word in words]))
 
 
 def test_train_refuse_resume_evaluate(config, tmp_path):
@@ -88,10 +88,10 @@ def test_tta_evaluates_the_augmented_student(tmp_path, monkeypatch):
         seen.append((type(model).__name__, Path(output_dir).name))
         return {"bbox": {"AP": 3.0}}
 
-    monkeypatch.setattr(train_net, "evaluate", evaluate)
+    monkeypatch.setattr(train, "evaluate", evaluate)
     cfg = kd_models.tiny_cfg("GeneralizedRCNN", OUTPUT_DIR=str(tmp_path))
     student = kd_models.build(cfg)
-    assert train_net.test_with_tta(cfg, student) == {"bbox_TTA": {"AP": 3.0}}
+    assert train.test_with_tta(cfg, student) == {"bbox_TTA": {"AP": 3.0}}
     assert seen == [("GeneralizedRCNNWithTTA", "inference_TTA")]
 
 

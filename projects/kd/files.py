@@ -24,8 +24,8 @@ def resolve_config(name: str, key: str = "--config-file") -> str:
     """Turn a path or a ``model_zoo://`` name into a file path.
 
     Args:
-        name: path of a ``.yaml``/``.py`` file, or ``model_zoo://`` plus a path in detectron2's
-            ``configs`` folder.
+        name: path of a ``.yaml``/``.py`` file (see :func:`find_shipped`), or ``model_zoo://`` plus
+            a path in detectron2's ``configs`` folder.
         key: the config key or flag that holds ``name``, for the error message.
 
     Raises:
@@ -39,10 +39,25 @@ def resolve_config(name: str, key: str = "--config-file") -> str:
         if not os.path.isfile(path):
             raise ConfigError(f"{key}: detectron2's model zoo has no config '{relative}'")
         return path
-    path = expand(name)
+    path = find_shipped(expand(name))
     if not os.path.isfile(path):
         raise ConfigError(f"{key}: no such file '{name}'")
     return path
+
+
+def shipped_configs() -> str:
+    """The folder of the configs that come with this package.
+
+    In a checkout the package holds a link to ``configs``, in a wheel the files themselves.
+    """
+    return os.path.realpath(os.path.join(os.path.dirname(__file__), "configs"))
+
+
+def find_shipped(path: str) -> str:
+    """A path that begins with ``configs/``: of the shipped file, unless the path itself exists."""
+    first, _, rest = os.path.normpath(path).partition(os.sep)
+    shipped = os.path.join(shipped_configs(), rest)
+    return shipped if first == "configs" and not os.path.exists(path) else path
 
 
 def zoo_config_folder() -> str:

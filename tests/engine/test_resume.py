@@ -13,8 +13,8 @@ import yaml
 from kd_runs import interrupt, run_settings, start
 from torch import nn
 
-import train_net
 from projects.kd import evaluation
+from projects.kd.commands import train
 from projects.kd.engine import checkpoint as checkpoint_module
 from projects.kd.engine.checkpoint import DistillCheckpointer
 from projects.kd.engine.resume import changed_keys, config_text
@@ -143,7 +143,7 @@ def test_other_kinds_of_optimizer_are_refused_and_the_config_stays(run, tmp_path
     )
     (run / "config.yaml").write_text("the config that is used")
     with pytest.raises(ConfigError) as caught:
-        train_net.main(train_net.parse_arguments(["--config-file", config, "--resume"]))
+        train.main(train.parse_arguments(["--config-file", config, "--resume"]))
     message = str(caught.value)
     assert "SOLVER.OPTIMIZER is AdamW, the checkpoint's momenta are of SGD" in message
     assert "SOLVER.OPTIMIZER 'SGD' -> 'AdamW'" in message and "\n" not in message

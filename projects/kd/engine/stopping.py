@@ -207,9 +207,11 @@ def command_to_resume() -> str:
     script, *arguments = sys.argv
     if "--resume" not in arguments:
         arguments.insert(0, "--resume")
-    start = ["python"]
+    installed = not script.endswith(".py")  # kd-train
+    start = [] if installed else ["python"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
         if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
             start += ["--nnodes", os.environ["GROUP_WORLD_SIZE"]]
-    return shlex.join([*start, script, *arguments])
+        start += ["--no-python"] if installed else []
+    return shlex.join([*start, os.path.basename(script) if installed else script, *arguments])
