@@ -28,8 +28,8 @@ from tqdm import tqdm  # noqa: E402
 
 from projects.kd.arguments import Parser, whole  # noqa: E402
 from projects.kd.data import visdrone  # noqa: E402
+from projects.kd.data.images import image_size  # noqa: E402
 from projects.kd.errors import ConfigError, DataError, exit_on_user_error  # noqa: E402
-from projects.kd.images import image_size  # noqa: E402
 
 FORMAT = 1  # raised when the written files change
 EXTENSIONS = (".jpg", ".jpeg", ".png")

@@ -79,7 +79,7 @@ def test_examples_train_from_outside_the_repository(tmp_path):
     values["MODEL"]["META_ARCHITECTURE"] = "MyDetector"
     path = tmp_path / "student.yaml"
     path.write_text(yaml.safe_dump({**values, "KD": kd}))
-    folders = [str(ROOT), str(ROOT / "tests"), str(package.parent)]
+    folders = [str(ROOT), str(ROOT / "tests/support"), str(package.parent)]
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(path)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},

@@ -11,9 +11,9 @@ from kd_detectors import DETECTORS, detector_cfg, detector_distill_cfg, full_bat
 from kd_models import build_wrapper, losses_at, train_steps, write_teacher
 
 from projects.kd import student_of
+from projects.kd.analysis.support import feature_heads
 from projects.kd.engine.checkpoint import DistillCheckpointer, Heads
 from projects.kd.heads import IMITATION_HEAD_REGISTRY
-from projects.kd.support import feature_heads
 
 SMALL = {
     "KD__ICD__DIM": 16,

@@ -44,13 +44,8 @@ from detectron2.utils.events import EventStorage  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
 from projects.kd import ConfigError, load_config  # noqa: E402
-from projects.kd.arguments import Parser, image_size, output_file, whole  # noqa: E402
-from projects.kd.benchmark import Bench, loop_masks, without_weights  # noqa: E402
-from projects.kd.data.loader import build_train_loader  # noqa: E402
-from projects.kd.data.register import register_configured  # noqa: E402
-from projects.kd.errors import exit_on_user_error  # noqa: E402
-from projects.kd.heads.base import head_class  # noqa: E402
-from projects.kd.measure import (  # noqa: E402
+from projects.kd.analysis.benchmark import Bench, loop_masks, without_weights  # noqa: E402
+from projects.kd.analysis.measure import (  # noqa: E402     PAIRS,     WARM_UP,     Progress,     Spread,     interleave,     peak_bytes,     ratio,     require_device, )
     PAIRS,
     WARM_UP,
     Progress,
@@ -60,6 +55,11 @@ from projects.kd.measure import (  # noqa: E402
     ratio,
     require_device,
 )
+from projects.kd.arguments import Parser, image_size, output_file, whole  # noqa: E402
+from projects.kd.data.loader import build_train_loader  # noqa: E402
+from projects.kd.data.register import register_configured  # noqa: E402
+from projects.kd.errors import exit_on_user_error  # noqa: E402
+from projects.kd.heads.base import head_class  # noqa: E402
 
 BUILT_IN = {"retinanet": "retinanet_R_50_FPN_1x", "faster_rcnn": "faster_rcnn_R_50_FPN_1x"}
 HEADS = ("FGFI", "CWD", "PKD")

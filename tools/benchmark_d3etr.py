@@ -33,12 +33,18 @@ from detectron2.utils.events import EventStorage  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
 from projects.kd import load_config  # noqa: E402
+from projects.kd.analysis.benchmark import Bench, as_leaves, without_weights  # noqa: E402
+from projects.kd.analysis.measure import (  # noqa: E402
+    Spread,
+    interleave,
+    peak_bytes,
+    ratio,
+    require_device,
+)
 from projects.kd.arguments import Parser, output_file, whole  # noqa: E402
-from projects.kd.benchmark import Bench, as_leaves, without_weights  # noqa: E402
 from projects.kd.errors import exit_on_user_error  # noqa: E402
 from projects.kd.functional.d3etr import layer_map  # noqa: E402
 from projects.kd.heads.d3etr import Pairs  # noqa: E402
-from projects.kd.measure import Spread, interleave, peak_bytes, ratio, require_device  # noqa: E402
 from projects.kd.modeling.set_criterion import Targets  # noqa: E402
 
 CONFIG = "configs/COCO-DETR/conditional_detr_R18_C5_from_R50_d3etr_50ep.yaml"

@@ -4,7 +4,7 @@
     python tools/benchmark_icd.py [--boxes 20 200] [--levels p3-p7] [--threads 2] [--output x.json]
 
 One image of 800x1333 on a canvas of 800x1344, 256 channels, 8 attention heads, features of noise;
-forward and backward. The other implementation is tests/heads/icd_oracle.py. Two things are timed,
+forward and backward. The other implementation is tests/support/icd_oracle.py. Two things are timed,
 in turns, and given as the median of the rounds' ratios with its quartiles:
 
   attention   from the projected queries, keys and values of both sides to the read-out and the
@@ -23,14 +23,21 @@ import os
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tests/support")]
 
+import icd_oracle  # noqa: E402
 import torch  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
-from heads import icd_oracle  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
 from projects.kd import DistillContext  # noqa: E402
+from projects.kd.analysis.measure import (  # noqa: E402
+    Spread,
+    interleave,
+    peak_bytes,
+    random_batch,
+    ratio,
+)
 from projects.kd.arguments import Parser, output_file, whole  # noqa: E402
 from projects.kd.data.priors import uniform_priors  # noqa: E402
 from projects.kd.errors import exit_on_user_error  # noqa: E402
@@ -38,7 +45,6 @@ from projects.kd.functional.icd import summed_attention  # noqa: E402
 from projects.kd.functional.icd_values import value_distance  # noqa: E402
 from projects.kd.heads.icd import ICD  # noqa: E402
 from projects.kd.heads.icd_decoder import InstanceDecoder, attend  # noqa: E402
-from projects.kd.measure import Spread, interleave, peak_bytes, random_batch, ratio  # noqa: E402
 
 LEVELS = {
     "p3-p7": {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128},

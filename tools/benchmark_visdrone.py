@@ -25,7 +25,7 @@ from pycocotools.cocoeval import COCOeval  # noqa: E402
 from projects.kd.arguments import Parser, whole  # noqa: E402
 from projects.kd.data.visdrone import CLASSES  # noqa: E402
 from projects.kd.errors import exit_on_user_error  # noqa: E402
-from projects.kd.visdrone_eval import ImageResult, evaluate_images  # noqa: E402
+from projects.kd.evaluation.visdrone_metrics import ImageResult, evaluate_images  # noqa: E402
 
 HEIGHT, WIDTH, OBJECTS, COPIES = 788, 1400, 70, 3
 # pedestrian, people, bicycle, car, van, truck, tricycle, awning-tricycle, bus, motor

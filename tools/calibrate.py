@@ -36,12 +36,12 @@ from detectron2.utils.logger import setup_logger  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
 from projects.kd import ConfigError, build_training_model, check_config, load_config  # noqa: E402
+from projects.kd.analysis.measure import Progress, Spread, gradient_norm  # noqa: E402
 from projects.kd.arguments import Parser, number, output_file, whole  # noqa: E402
 from projects.kd.data.loader import build_train_loader  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.engine.hooks import floats_kept, set_floats  # noqa: E402
 from projects.kd.errors import exit_on_user_error  # noqa: E402
-from projects.kd.measure import Progress, Spread, gradient_norm  # noqa: E402
 from projects.kd.weights import load_detector, load_run  # noqa: E402
 
 

@@ -36,13 +36,13 @@ from detectron2.utils.events import EventStorage  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
 from projects.kd import build_training_model, check_config, load_config  # noqa: E402
+from projects.kd.analysis.benchmark import without_weights  # noqa: E402
+from projects.kd.analysis.measure import Progress, require_device  # noqa: E402
 from projects.kd.arguments import Parser, output_file, whole  # noqa: E402
-from projects.kd.benchmark import without_weights  # noqa: E402
 from projects.kd.data.loader import build_train_loader  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
-from projects.kd.measure import Progress, require_device  # noqa: E402
-from projects.kd.report import write_atomically  # noqa: E402
+from projects.kd.files import write_atomically  # noqa: E402
 from projects.kd.seeding import seed_generators  # noqa: E402
 
 CONFIGS = "configs/shapes/*_student_*.yaml"

@@ -43,6 +43,12 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from projects.kd import load_config  # noqa: E402
+from projects.kd.analysis.report import TASK_METRICS  # noqa: E402
+from projects.kd.analysis.report_files import write_report  # noqa: E402
+from projects.kd.analysis.report_tables import result_table  # noqa: E402
+from projects.kd.analysis.run_folders import bundle  # noqa: E402
+from projects.kd.analysis.suite_runner import execute_suite, number_of_jobs  # noqa: E402
+from projects.kd.analysis.suites import make_runs, read_suite, select_rows  # noqa: E402
 from projects.kd.arguments import (  # noqa: E402
     Parser,
     number,
@@ -52,12 +58,6 @@ from projects.kd.arguments import (  # noqa: E402
 )
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import exit_on_user_error  # noqa: E402
-from projects.kd.report import TASK_METRICS  # noqa: E402
-from projects.kd.report_files import write_report  # noqa: E402
-from projects.kd.report_tables import result_table  # noqa: E402
-from projects.kd.run_folders import bundle  # noqa: E402
-from projects.kd.suite_runner import execute_suite, number_of_jobs  # noqa: E402
-from projects.kd.suites import make_runs, read_suite, select_rows  # noqa: E402
 
 NOT_FINISHED = 3  # exit status when --minutes were over first
 

@@ -30,11 +30,11 @@ from PIL import Image  # noqa: E402
 from projects.kd import ConfigError, check_config, load_config  # noqa: E402
 from projects.kd.arguments import Parser, number  # noqa: E402
 from projects.kd.building import build_detector  # noqa: E402
+from projects.kd.data.images import in_format, read_image  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import DataError, exit_on_user_error  # noqa: E402
+from projects.kd.evaluation.tiles import TiledDetector  # noqa: E402
 from projects.kd.files import writable_folder  # noqa: E402
-from projects.kd.images import in_format, read_image  # noqa: E402
-from projects.kd.tiles import TiledDetector  # noqa: E402
 from projects.kd.weights import load_detector  # noqa: E402
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")

@@ -29,8 +29,8 @@ import torch  # noqa: E402
 from detectron2.utils.logger import setup_logger  # noqa: E402
 
 from projects.kd import ConfigError, build_teacher, check_config, load_config  # noqa: E402
+from projects.kd.analysis.assistant import build_assistant, judge  # noqa: E402
 from projects.kd.arguments import Parser  # noqa: E402
-from projects.kd.assistant import build_assistant, judge  # noqa: E402
 from projects.kd.building import build_detector  # noqa: E402
 from projects.kd.data.classes import check_taught_names  # noqa: E402
 from projects.kd.data.image_check import check_images  # noqa: E402

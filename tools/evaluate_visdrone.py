@@ -5,7 +5,8 @@
 
 FOLDER holds one text file for each image, as in a submission: box, score, category, -1, -1. The
 annotations are taken as they are (nothing is clipped, boxes without a size count as missed), so
-that the numbers are those of the VisDrone2018-DET toolkit. See projects/kd/visdrone_eval.py.
+that the numbers are those of the VisDrone2018-DET toolkit, see
+projects/kd/evaluation/visdrone_metrics.py.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ import numpy as np  # noqa: E402
 
 from projects.kd.arguments import Parser, output_file  # noqa: E402
 from projects.kd.data import visdrone  # noqa: E402
+from projects.kd.data.images import image_size  # noqa: E402
 from projects.kd.errors import DataError, exit_on_user_error  # noqa: E402
-from projects.kd.images import image_size  # noqa: E402
-from projects.kd.visdrone_eval import READINGS, ImageResult, evaluate_images  # noqa: E402
+from projects.kd.evaluation.visdrone_metrics import (  # noqa: E402
+    READINGS,
+    ImageResult,
+    evaluate_images,
+)
 
 CATEGORIES = range(12)  # 0 = ignored region, 11 = others: in annotations, without influence here
 

@@ -17,15 +17,15 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from projects.kd import load_config  # noqa: E402
-from projects.kd.arguments import Parser  # noqa: E402
-from projects.kd.errors import exit_on_user_error  # noqa: E402
-from projects.kd.report import write_atomically  # noqa: E402
-from projects.kd.support import (  # noqa: E402
+from projects.kd.analysis.support import (  # noqa: E402     between_markers,     shapes_detectors,     support_table,     verdicts, )
     between_markers,
     shapes_detectors,
     support_table,
     verdicts,
 )
+from projects.kd.arguments import Parser  # noqa: E402
+from projects.kd.errors import exit_on_user_error  # noqa: E402
+from projects.kd.files import write_atomically  # noqa: E402
 
 LABELS = (
     ("retinanet", "RetinaNet"),

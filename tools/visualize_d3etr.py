@@ -36,6 +36,7 @@ from detectron2.utils.env import seed_all_rng  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
 from projects.kd import build_training_model, check_config, load_config  # noqa: E402
+from projects.kd.analysis.pictures import data_set_entry, write_picture  # noqa: E402
 from projects.kd.arguments import Parser, output_file, whole  # noqa: E402
 from projects.kd.data.image_mapper import ImageMapper  # noqa: E402
 from projects.kd.data.mapper import NamedErrors  # noqa: E402
@@ -44,7 +45,6 @@ from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
 from projects.kd.functional.set_prediction import cxcywh_to_xyxy  # noqa: E402
 from projects.kd.inherit import inherit  # noqa: E402
 from projects.kd.levels import canvas_size  # noqa: E402
-from projects.kd.pictures import data_set_entry, write_picture  # noqa: E402
 from projects.kd.weights import load_detector  # noqa: E402
 
 COLOURS = plt.get_cmap("tab10").colors

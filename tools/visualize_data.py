@@ -27,9 +27,9 @@ from PIL import Image  # noqa: E402
 
 from projects.kd.arguments import Parser, output_file, whole  # noqa: E402
 from projects.kd.config import load_config  # noqa: E402
+from projects.kd.data.images import read_image  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
-from projects.kd.images import read_image  # noqa: E402
 
 
 def draw(entry: dict, metadata, size: int, semantic: bool, white: float = 0.0) -> np.ndarray:

@@ -34,6 +34,7 @@ from detectron2.utils.events import EventStorage  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
 from projects.kd import build_training_model, check_config, load_config  # noqa: E402
+from projects.kd.analysis.pictures import data_set_entry, write_picture  # noqa: E402
 from projects.kd.arguments import Parser, output_file, whole  # noqa: E402
 from projects.kd.data.mapper import NamedErrors  # noqa: E402
 from projects.kd.data.multi_resolution_mapper import MultiResolutionMapper  # noqa: E402
@@ -45,7 +46,6 @@ from projects.kd.functional.icd_values import token_distance  # noqa: E402
 from projects.kd.heads.icd import fgfi_mask  # noqa: E402
 from projects.kd.heads.icd_decoder import project  # noqa: E402
 from projects.kd.inherit import inherit  # noqa: E402
-from projects.kd.pictures import data_set_entry, write_picture  # noqa: E402
 from projects.kd.weights import load_detector, load_run  # noqa: E402
 
 

@@ -18,12 +18,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from detectron2.data import DatasetCatalog  # noqa: E402
 
+from projects.kd.analysis.size_advice import size_advice  # noqa: E402
+from projects.kd.analysis.size_pictures import detections_by_size, size_histogram  # noqa: E402
 from projects.kd.arguments import Parser, number, output_file, whole  # noqa: E402
 from projects.kd.config import load_config  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.errors import ConfigError, exit_on_user_error  # noqa: E402
-from projects.kd.size_advice import size_advice  # noqa: E402
-from projects.kd.size_pictures import detections_by_size, size_histogram  # noqa: E402
 
 
 def parse_arguments(argv=None):

@@ -5,7 +5,7 @@ Conditional DETR and the built-in data sets.
 """
 
 from . import detectors  # noqa: F401
-from . import visdrone_evaluator as _visdrone_evaluator  # noqa: F401
+from . import evaluation as _evaluation  # noqa: F401
 from .check import check_config
 from .config import add_kd_config, head_node, load_config, register_config
 from .context import DistillContext, ModelInfo

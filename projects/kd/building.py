@@ -12,8 +12,8 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from .config import add_kd_config
+from .config.key_checks import flat
 from .errors import ConfigError, UserError
-from .key_checks import flat
 
 # Packages whose exceptions, raised while a model is built, come from the config's values.
 _KNOWN = {"detectron2", "fvcore", "iopath", "numpy", "PIL", "projects", "timm", "torch"}

@@ -10,16 +10,16 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 
+from .config.key_checks import check_values
 from .data.classes import check_class_names
 from .data.needs import check_data_sets
 from .distiller import DistillMetaArch
 from .errors import ConfigError, did_you_mean
+from .evaluation.tiles import check_tiles
 from .files import require_pickles, resolve_config, resolve_weights
 from .heads.base import head_class
-from .key_checks import check_values
 from .schedule import build_ramp
 from .taps import class_key, class_names_of, configured_classes
-from .tiles import check_tiles
 
 logger = logging.getLogger(__name__)
 

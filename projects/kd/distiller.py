@@ -24,7 +24,7 @@ from .levels import (
     scaled_divisibility,
     scaled_size,
 )
-from .narrow_maps import guard_narrow_maps
+from .modeling.narrow_maps import guard_narrow_maps
 from .schedule import Ramp, build_ramp
 from .taps import FeatureTaps, taps_for
 from .teacher import Teacher, build_teacher

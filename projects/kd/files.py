@@ -231,6 +231,14 @@ def replacing(path: str) -> Iterator[BinaryIO]:
         os.close(handle)
 
 
+def write_atomically(path: str, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, never half."""
+    temporary = f"{path}.tmp{os.getpid()}"
+    with open(temporary, "w") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
 def writable_folder(path: str, key: str) -> str:
     """Make a folder to write to, unless it is there; returns ``path``.
 

@@ -20,11 +20,11 @@ from torch import nn
 
 from .building import build_detector
 from .config import load_config, merge_overrides
+from .config.key_checks import check_each
 from .errors import ConfigError
 from .files import MODEL_ZOO_PREFIX, resolve_config, zoo_weights_url
 from .heads.base import IMITATION_HEAD_REGISTRY, head_class
 from .heads.sdf import PRESETS
-from .key_checks import check_each
 from .levels import default_levels, pair_levels
 from .teacher import build_from_lazy, build_from_yaml
 

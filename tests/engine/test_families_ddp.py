@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from engine.family_worker import CONFIGS, ROOT, SIZES, run_rank
+from family_worker import CONFIGS, ROOT, SIZES, run_rank
 from torch.multiprocessing import spawn
 
 from projects.kd import load_config

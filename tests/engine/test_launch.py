@@ -116,7 +116,7 @@ def test_two_ranks_resume_exactly(tmp_path):
 
 @pytest.mark.ddp
 def test_nan_on_one_rank_stops_all_with_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{Path(__file__).parent}")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{Path(ddp_worker.__file__).parent}")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UserError) as caught:
         launch_training(ddp_worker.main, arguments("poison", tmp_path))

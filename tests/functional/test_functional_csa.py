@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from projects.kd.analysis.measure import peak_bytes
 from projects.kd.functional.csa import (
     attend,
     cell_encoding,
@@ -12,7 +13,6 @@ from projects.kd.functional.csa import (
     token_mask,
 )
 from projects.kd.heads.csa_attention import CrossScaleAttention
-from projects.kd.measure import peak_bytes
 
 
 def attention(rates, student=16, teacher=24, dim=32, heads=4, seed=0, **options):

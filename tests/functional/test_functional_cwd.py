@@ -4,8 +4,8 @@ import pytest
 import torch
 from kd_testing import wave
 
+from projects.kd.analysis.measure import peak_bytes
 from projects.kd.functional.cwd import cwd_loss
-from projects.kd.measure import peak_bytes
 
 
 def plain_standard(x, mask):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from kd_testing import wave
 
+from projects.kd.analysis.measure import peak_bytes
 from projects.kd.functional import d3etr
 from projects.kd.functional.d3etr import (
     attention_loss,
@@ -16,7 +17,6 @@ from projects.kd.functional.d3etr import (
     top_queries,
 )
 from projects.kd.functional.set_prediction import assign, box_losses, focal_cost
-from projects.kd.measure import peak_bytes
 
 
 def predictions(queries, seed, images=2, classes=4, dtype=torch.float64):

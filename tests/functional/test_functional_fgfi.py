@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from kd_testing import random_boxes, wave
 
+from projects.kd.analysis.measure import peak_bytes
 from projects.kd.functional.fgfi import (
     AnchorGrid,
     anchor_masks,
@@ -17,7 +18,6 @@ from projects.kd.functional.fgfi import (
     grid_masks,
     imitation_error,
 )
-from projects.kd.measure import peak_bytes
 
 OCTAVE = [2 ** (k / 3) for k in range(3)]
 GOLDEN_BOXES = torch.tensor([[10.0, 12, 42, 40], [30, 4, 94, 60], [70, 40, 80, 52]])

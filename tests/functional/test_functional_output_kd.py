@@ -6,6 +6,7 @@ import pytest
 import torch
 from kd_testing import random_boxes, wave
 
+from projects.kd.analysis.measure import peak_bytes
 from projects.kd.functional.output_kd import (
     box_weight,
     dense_box_loss,
@@ -14,7 +15,6 @@ from projects.kd.functional.output_kd import (
     region_box_loss,
     region_class_loss,
 )
-from projects.kd.measure import peak_bytes
 
 SHAPES = (2, 2, 3, 4, 5), (2, 2, 3, 2, 3)
 

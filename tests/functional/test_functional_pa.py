@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from kd_testing import wave
 
+from projects.kd.analysis.measure import peak_bytes
 from projects.kd.functional import pa as module
 from projects.kd.functional.pa import pa_loss
-from projects.kd.measure import peak_bytes
 
 
 def plain_pa(student, teacher, pool=0.0, lengths=None):

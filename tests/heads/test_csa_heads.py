@@ -8,14 +8,14 @@ import kd_models
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from heads.prediction_contract import prediction_context
 from heads.test_csa import TestCSA as ContractOfCSA
 from heads.test_csa import build, parts, stir
 from kd_detectors import detector_cfg, detector_distill_cfg, full_batch
 from kd_testing import CHANNELS, toy_retinanet
+from prediction_contract import prediction_context
 from torch import nn
 
-from projects.kd.assistant import AssistantDetector
+from projects.kd.analysis.assistant import AssistantDetector
 from projects.kd.errors import ConfigError
 from projects.kd.predict import base as registry
 from projects.kd.predict import predictor_for, register_predictor, with_modules

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from heads.contract import HeadContract
+from head_contract import HeadContract
 from kd_testing import (
     CHANNELS,
     STRIDES,

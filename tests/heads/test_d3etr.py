@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from heads.contract import HeadContract
+from head_contract import HeadContract
 from kd_detr import CLASSES, LEVEL, decoded, detr_context, info, toy_detr
 from kd_testing import CHANNELS, head_cfg
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator, RotatedAnchorGenerator
-from heads.contract import HeadContract
+from head_contract import HeadContract
 from kd_testing import CHANNELS, ToyDetector, head_cfg, instances, make_context, toy_info, wave
 from torch import nn
 

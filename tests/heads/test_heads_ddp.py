@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from heads.gradient_worker import CASES, SIZES, Step, batch_of, gradients, run_rank
+from gradient_worker import CASES, SIZES, Step, batch_of, gradients, run_rank
 from torch.multiprocessing import spawn
 
 from projects.kd.heads import IMITATION_HEAD_REGISTRY

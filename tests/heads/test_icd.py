@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import icd_oracle
 import kd_models
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from heads import icd_oracle
-from heads.contract import HeadContract
-from heads.icd_toys import SMALL, STUDENT, TEACHER, build, context, features, gradients
+from head_contract import HeadContract
+from icd_toys import SMALL, STUDENT, TEACHER, build, context, features, gradients
 from kd_testing import (
     STRIDES,
     ToyDetector,
@@ -21,12 +21,12 @@ from kd_testing import (
     toy_info,
 )
 
+from projects.kd.analysis.measure import peak_bytes
 from projects.kd.engine.optim import MAIN, build_optimizations
 from projects.kd.errors import ConfigError, DataError
 from projects.kd.functional.icd_values import value_distance
 from projects.kd.heads.icd import ICD
 from projects.kd.heads.icd_decoder import Cells, project
-from projects.kd.measure import peak_bytes
 
 
 class TestICD(HeadContract):

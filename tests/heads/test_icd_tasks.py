@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from heads.icd_toys import STUDENT, build, context
+from icd_toys import STUDENT, build, context
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from projects.kd.data.priors import BoxPriors

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from heads.contract import HeadContract
+from head_contract import HeadContract
 from kd_testing import head_cfg, make_context, toy_info
 
 from projects.kd.errors import ConfigError

@@ -6,8 +6,8 @@ import kd_models
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from heads.prediction_contract import PredictionContract, prediction_context
 from kd_testing import CHANNELS, STRIDES, head_cfg, toy_info, toy_retinanet
+from prediction_contract import PredictionContract, prediction_context
 from torch import nn
 
 from projects.kd.errors import ConfigError

@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.utils.events import EventStorage
-from heads.contract import RAGGED, HeadContract
+from head_contract import RAGGED, HeadContract
 from kd_testing import STRIDES, head_cfg, leaves, make_context, stage, toy_info
 from torch import nn
 

@@ -7,7 +7,7 @@ import kd_models
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from heads.contract import RAGGED
+from head_contract import RAGGED
 from heads.test_sdf import build
 from kd_testing import leaves, make_context
 from torch import nn

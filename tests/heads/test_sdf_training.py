@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 import toy_data
 from detectron2.utils.events import EventStorage
-from heads.gradient_worker import SIZES, Step, batch_of
-from heads.gradient_worker import Case as GradientCase
+from gradient_worker import SIZES, Step, batch_of
+from gradient_worker import Case as GradientCase
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -30,7 +30,7 @@ from ..engine.setup import start_run
 from ..engine.trainer import DistillTrainer
 from ..errors import ConfigError, exit_on_user_error
 from ..evaluation import check_evaluation, evaluate
-from ..tta import tta_class
+from ..evaluation.tta import tta_class
 
 
 def setup(args) -> CfgNode:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import yaml
 
 from ..errors import ConfigError, DataError
-from ..images import image_header, size_problem
+from .images import image_header, size_problem
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 NOT_LABELS = ("classes.txt",)  # what annotation tools leave beside YOLO's label files

@@ -22,8 +22,8 @@ from detectron2.utils import comm
 from tqdm import tqdm
 
 from ..errors import ConfigError, DataError
-from ..images import ImageHeader, image_header, mode_problem, size_problem
 from .coco_json import read_coco
+from .images import ImageHeader, image_header, mode_problem, size_problem
 
 THREADS = 16  # files may lie on a network, where each one is a wait
 

@@ -12,15 +12,15 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
 from ..errors import DataError
-from ..images import image_header, read_image, read_labels, size_problem
+from .images import image_header, read_image, read_labels, size_problem
 
 
 class ImageMapper(DatasetMapper):
     """detectron2's DatasetMapper; its examples are the same wherever detectron2 reads the image.
 
     It has no place where the reading of an image could be put in, hence ``__call__`` of our own.
-    Images are read by :func:`~projects.kd.images.read_image`, label maps by
-    :func:`~projects.kd.images.read_labels`.
+    Images are read by :func:`~projects.kd.data.images.read_image`, label maps by
+    :func:`~projects.kd.data.images.read_labels`.
 
     Args:
         is_train, **kwargs: see :class:`detectron2.data.DatasetMapper`.

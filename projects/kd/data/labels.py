@@ -10,7 +10,7 @@ from detectron2.data.detection_utils import SizeMismatchError, build_augmentatio
 from PIL import Image
 
 from ..errors import ConfigError, DataError
-from ..images import image_size
+from .images import image_size
 
 # what Pillow and detectron2 raise for a missing, cut off or foreign file, or a wrong size
 UNREADABLE = (OSError, SyntaxError, SizeMismatchError, Image.DecompressionBombError)

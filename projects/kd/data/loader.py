@@ -25,10 +25,10 @@ from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from ..engine.stopping import serve_on
 from ..errors import ConfigError, DataError
 from ..files import require_pickles
 from ..seeding import IMAGE, seed_generators
+from ..stopping import serve_on
 from .mapper import build_train_mapper
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from torch.multiprocessing.spawn import ProcessException
 
 from ..arguments import fail
 from ..errors import ConfigError, Stopped, UserError, disk_line
-from .stopping import NOT_TRAINING, passed_on, stop_at_once
+from ..stopping import NOT_TRAINING, passed_on, stop_at_once
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -18,14 +18,14 @@ from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
+from .. import stopping
 from ..data.loader import build_train_loader
 from ..distiller import build_training_model, student_of
 from ..errors import ConfigError, Stopped
-from ..export import write_student_config
 from ..files import replacing, writable_folder
 from ..inherit import inherit
-from . import stopping
 from .checkpoint import DistillCheckpointer, Heads
+from .export import write_student_config
 from .hooks import (
     AuxLRScheduler,
     EMAHook,

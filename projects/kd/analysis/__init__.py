@@ -1,0 +1,1 @@
+"""Comparisons, reports, measurements: what is no part of a training step."""

