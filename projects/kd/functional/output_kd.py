@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .precision import full_precision
+from .precision import full_pair, full_precision
 
 EPSILON = 1e-6  # least denominator of the weighted means
 LEAST_PROBABILITY = 0.05  # boxes of predictions below it are noise; detectron2's test threshold
@@ -45,7 +45,7 @@ def dense_class_loss(
         Scalar >= 0 in fp32. Differences of less than some 1e-3 between logits drown in rounding;
         the gradient, ``w (p_s - p_t)`` over the denominator, does not.
     """
-    parts = [_WeightedKL.apply(*_full(s, t), counted) for s, t, counted in levels]
+    parts = [_WeightedKL.apply(*full_pair(s, t), counted) for s, t, counted in levels]
     total, weight = (torch.stack(part).sum() for part in zip(*parts, strict=True))
     return total / weight.clamp(min=EPSILON)
 
@@ -108,7 +108,7 @@ def dense_box_loss(
     """
     parts = []
     for student, target, weight in levels:
-        student, target = _full(student, target)
+        student, target = full_pair(student, target)
         sides = (target[..., 2:] - target[..., :2]).clamp(min=1.0)
         units = torch.cat([sides, sides], dim=-1)
         loss = F.smooth_l1_loss(student / units, target / units, beta=0.1, reduction="none")
@@ -197,10 +197,3 @@ def jitter_boxes(boxes: torch.Tensor, distance: float) -> torch.Tensor:
         return boxes
     sign = torch.randint(0, 2, boxes.shape[:-1], device=boxes.device) * 2 - 1
     return boxes + (sign * (distance / math.sqrt(2)))[..., None]
-
-
-def _full(student: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    target = target.detach()
-    if student.dtype is not torch.float64:
-        return student.float(), target.float()
-    return student, target

@@ -29,3 +29,11 @@ def full_precision(function: Callable) -> Callable:
             return function(_promote(first), *args, **kwargs)
 
     return run
+
+
+def full_pair(student: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in fp32, or in float64 where the student's tensor is; the target without gradient."""
+    target = target.detach()
+    if student.dtype is not torch.float64:
+        return student.float(), target.float()
+    return student, target

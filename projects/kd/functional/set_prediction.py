@@ -28,6 +28,20 @@ def xyxy_to_cxcywh(boxes: torch.Tensor) -> torch.Tensor:
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
+def matched_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """IoU (...) of boxes (..., 4) XYXY whose shapes broadcast; 0 where neither has an area."""
+    overlap, union = _overlap_and_union(a, b)
+    return overlap / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
+def _overlap_and_union(a, b):
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a.unbind(-1), b.unbind(-1)
+    width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
+    height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
+    overlap = width * height
+    return overlap, (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - overlap
+
+
 def generalized_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Generalised IoU (Rezatofighi et al., CVPR 2019) of boxes whose shapes broadcast.
 
@@ -37,11 +51,8 @@ def generalized_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     Returns:
         (...) in [-1, 1]; -1 where both boxes and their hull are without area.
     """
+    overlap, union = _overlap_and_union(a, b)
     (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a.unbind(-1), b.unbind(-1)
-    width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
-    height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
-    overlap = width * height
-    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - overlap
     hull = torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)
     hull = hull * (torch.maximum(ay2, by2) - torch.minimum(ay1, by1))
     smallest = torch.finfo(union.dtype).tiny
