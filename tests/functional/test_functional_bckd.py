@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from functional.modern_goldens import dense_boxes, dense_labels, dense_logits
+from modern_goldens import dense_boxes, dense_labels, dense_logits
 
+from projects.kd.analysis.measure import peak_bytes
 from projects.kd.functional.bckd import confidence, disagreement, giou_kd, has_area, qfl_kd
-from projects.kd.measure import peak_bytes
 
 COUNTED, POSITIVE = dense_labels()
 P = POSITIVE.sum()

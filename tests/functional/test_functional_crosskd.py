@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from functional.modern_goldens import (
+from kd_testing import wave
+from modern_goldens import (
     bins,
     cell,
     dense_boxes,
@@ -14,7 +15,6 @@ from functional.modern_goldens import (
     index,
     target_logits,
 )
-from kd_testing import wave
 
 from projects.kd.functional.bckd import confidence, qfl_kd
 from projects.kd.functional.crosskd import (

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from functional.modern_goldens import dense_logits, index
 from kd_testing import wave
+from modern_goldens import dense_logits, index
 
+from projects.kd.analysis.measure import peak_bytes
 from projects.kd.functional.dist import dense_relation_losses, relation_losses
-from projects.kd.measure import peak_bytes
 
 
 def flat_logits(*shape):

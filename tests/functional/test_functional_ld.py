@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from functional.modern_goldens import bins, student_logits, target_logits
+from modern_goldens import bins, student_logits, target_logits
 
 from projects.kd.functional.atss import atss_assign, atss_candidates
 from projects.kd.functional.ld import class_divergence, side_divergence, valuable_region

@@ -118,7 +118,7 @@ class _Align(torch.autograd.Function):
 
 
 def largest_gain(student: torch.Tensor, target: Statistics, mask=None) -> torch.Tensor:
-    """Largest ``deviation_t / (deviation_s + 1e-6)`` of a level: how far gradients are amplified."""
+    """Largest ``deviation_t / (deviation_s + 1e-6)`` of a level: how gradients are amplified."""
     own = channel_statistics(student.detach(), mask).deviation
     return (target.deviation.to(own) / (own + EPSILON)).amax()
 
