@@ -13,13 +13,14 @@ TESTS ?= tests
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint docs clean
 
 help:
 	@echo "make setup   create .venv and install everything (other targets do this themselves)"
 	@echo "make demo    train teacher, plain and distilled students on built-in data: output/demo"
 	@echo "make test    run the tests (TESTS=tests/heads JOBS=4 to choose)"
 	@echo "make lint    ruff check, ruff format --check, codespell"
+	@echo "make docs    build the documentation: output/site/index.html"
 	@echo "make clean   remove caches (.venv, output and data stay)"
 	@echo "PYTHON=python3.12 selects the interpreter (3.10 to 3.12)."
 
@@ -36,6 +37,15 @@ lint: setup
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
 	$(VENV_PYTHON) -m codespell_lib .
+
+# What only the site needs is installed once for each state of requirements/docs.txt.
+.venv/docs_stamp: requirements/docs.txt | setup
+	$(VENV_PYTHON) -m pip install -q --disable-pip-version-check -c requirements/runtime.txt -r $<
+	@touch $@
+
+docs: setup .venv/docs_stamp
+	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict --quiet
+	@echo "output/site/index.html"
 
 clean:
 	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
