@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import linecache
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import NamedTuple
 from detectron2.config import CfgNode, get_cfg
 
 from projects.kd.config import add_kd_config
-from projects.kd.key_table import rule_of
+from projects.kd.config.key_table import rule_of
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD_KEYS = ("WEIGHT", "LEVELS", "MASK_PADDING", "START_ITER", "WARMUP_ITERS", "END_ITER")
@@ -84,6 +85,7 @@ def leaves(node: CfgNode, path: str = "", above: Sequence = ()) -> Iterator[Leaf
             yield Leaf(path + name, value, places)
 
 
+@functools.cache
 def sections() -> dict[str, list[tuple[str, object, str]]]:
     """Group -> [(key, default, comment), ...] of the project's own keys."""
     stock = {leaf.key for leaf in leaves(get_cfg())}
@@ -97,7 +99,9 @@ def sections() -> dict[str, list[tuple[str, object, str]]]:
         found.setdefault(group_of(leaf.key), []).append((leaf.key, leaf.value, comment))
     order = ("KD", "SOLVER", "DATA", "INPUT", "TEST", "MODEL")  # by the first words of a group
     rank = {name: place for place, name in enumerate(order)}
-    first = {group: min((rank[x] for x in order if group.startswith(x)), default=9) for group in found}
+    first = {
+        group: min((rank[x] for x in order if group.startswith(x)), default=9) for group in found
+    }
     return {group: found[group] for group in sorted(found, key=first.__getitem__)}
 
 
@@ -146,6 +150,22 @@ def keys_page() -> str:
         if rows:
             lines += table(group, rows)
     return "\n".join([*lines, *stock_table(set(defaults)), ""])
+
+
+def head_table(name: str) -> str:
+    """The keys of ``KD.<name>`` that are not every head's, and where the others are explained."""
+    rows = sections()[f"KD.{name}"]
+    usual = {f"KD.{name}.{key}" for key in HEAD_KEYS}
+    lines = table("", [row for row in rows if row[0] not in usual])[2:] if len(rows) > 6 else []
+    defaults = {key: value for key, value, _ in rows}
+    return "\n".join(
+        [
+            *lines,
+            f"`KD.{name}.WEIGHT` is `{defaults[f'KD.{name}.WEIGHT']}`, `KD.{name}.MASK_PADDING` "
+            f"`{defaults[f'KD.{name}.MASK_PADDING']}`. "
+            "[Keys of every head](../reference/keys.md#keys-of-every-head).",
+        ]
+    )
 
 
 def table(group: str, rows: list[tuple[str, object, str]]) -> list[str]:

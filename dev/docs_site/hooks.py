@@ -15,7 +15,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "dev")]
 
-from docs_site.config_keys import keys_page  # noqa: E402
+from docs_site.config_keys import head_table, keys_page  # noqa: E402
 from docs_site.mathml import with_mathml  # noqa: E402
 from docs_site.published import published_page  # noqa: E402
 
@@ -52,21 +52,48 @@ def on_files(files, config):
     for path, text in {
         "reference/keys.md": keys_page(),
         "published.md": published_page(ROOT / "docs/data/published.yaml"),
+        "extend.md": extension_guide(),
+        "guide/data.md": (ROOT / "datasets/README.md").read_text(encoding="utf-8"),
     }.items():
         files.append(File.generated(config, path, content=text))
     return files
 
 
+def extension_guide() -> str:
+    """The sections of CONTRIBUTING.md about the code and what can be added to it."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    begin, end = "## How the code is laid out", "## What a good test is here"
+    if begin not in text or end not in text:
+        raise SystemExit(f"CONTRIBUTING.md has no section '{begin}' or '{end}'")
+    return "# Extend\n\n" + text[text.index(begin) : text.index(end)]
+
+
 def on_page_markdown(markdown, page, config, files):
-    """The table of methods: one row a page."""
-    if page.file.src_uri != "methods/index.md":
-        return markdown
-    rows = []
+    """Fill what pages leave to the code: tables of methods and keys, the list of losses."""
+    markdown = re.sub(r"<!-- keys: (\w+) -->", lambda match: head_table(match[1]), markdown)
+    return markdown.replace("<!-- methods -->", methods_table()).replace(
+        "<!-- losses -->", losses()
+    )
+
+
+def methods_table() -> str:
+    """One row a page of docs/methods, for the page that lies beside them."""
+    rows = ["| method | what it imitates |", "|---|---|"]
     for path in method_pages():
         title, sentence = title_and_sentence(path)
         rows.append(f"| [{title}]({path.name}) | {sentence} |")
-    table = "\n".join(["| method | what it imitates |", "|---|---|", *rows])
-    return markdown.replace("<!-- methods -->", table)
+    return "\n".join(rows)
+
+
+def losses() -> str:
+    """mkdocstrings' directives for the public functions of projects/kd/functional named loss."""
+    found = []
+    for path in sorted((ROOT / "projects/kd/functional").glob("*.py")):
+        for name in re.findall(
+            r"^def ([a-z]\w*(?:loss|distance))\(", path.read_text(), re.MULTILINE
+        ):
+            found.append(f"::: projects.kd.functional.{path.stem}.{name}")
+    return "\n".join(found)
 
 
 def on_page_content(html, page, config, files):
