@@ -132,8 +132,8 @@ def test_what_heads_see(parts):
         stride = ctx.stride(level)
         assert ours.shape[-2:] == theirs.shape[-2:] == (-(-64 // stride), -(-96 // stride))
         assert ours.requires_grad and not theirs.requires_grad
-    assert ctx.student_outputs["dense"][0][0].requires_grad
-    assert not ctx.teacher_outputs["dense"][0][0].requires_grad
+    assert ctx.student_outputs["dense"].logits[0].requires_grad
+    assert not ctx.teacher_outputs["dense"].logits[0].requires_grad
     assert len(ctx.gt) == 2 and torch.equal(
         ctx.gt[0].gt_boxes.tensor, batch[0]["instances"].gt_boxes.tensor
     )

@@ -206,8 +206,8 @@ def test_dense_tap_runs_on_a_teacher_of_which_only_the_backbone_runs():
         features = model.backbone(images)
         assert "dense" not in taps
         spec.run(model, features)
-        logits, deltas = taps["dense"]
-    assert [tuple(x.shape) for x in logits] == [
+        outputs = taps["dense"]
+    assert [tuple(x.shape) for x in outputs.logits] == [
         (2, kd_models.CLASSES, *features[level].shape[-2:]) for level in model.head_in_features
     ]
-    assert {x.shape[1] for x in deltas} == {4}
+    assert {x.shape[1] for x in outputs.boxes} == {4}

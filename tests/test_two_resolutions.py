@@ -75,7 +75,7 @@ def test_a_teacher_of_another_resolution(parts, scale, canvas):
         assert ctx.teacher_valid_mask(level).shape == (2, 1, *other)
     for outputs, factor in ((ctx.student_outputs, 1), (ctx.teacher_outputs, scale)):
         assert outputs["bottom_up"]["res5"].shape[-2:] == (canvas[0] * factor // 32,) * 2
-        assert outputs["dense"][0][0].shape[-2:] == (canvas[0] * factor // 8,) * 2
+        assert outputs["dense"].logits[0].shape[-2:] == (canvas[0] * factor // 8,) * 2
     assert wrapper.student.backbone.size_divisibility == 32
 
 

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from .predict import register_predictor
 from .predict.cascade import CascadePredictor
+from .predict.outputs import dense_tap, named
 from .predict.rcnn import RCNNPredictor
 from .predict.retinanet import RetinaNetPredictor
 from .taps import TapSpec, register_class_key, register_pseudo_anchors, register_taps
-
-
-def _run_dense_head(model, features):
-    model.head([features[level] for level in model.head_in_features])
-
-
-def _dense_channels(model) -> int | None:
-    """A * K, where the head's last layer has the name that detectron2's and ours have."""
-    return getattr(getattr(model.head, "cls_score", None), "out_channels", None)
 
 
 def _run_sem_seg_head(model, features):
@@ -30,14 +22,9 @@ def _run_rpn_head(model, features):
 
 _SHARED = {"features": TapSpec("backbone"), "bottom_up": TapSpec("backbone.bottom_up")}
 
-# DenseDetector is the base class of RetinaNet and FCOS. ``dense`` gives, per kind of prediction
-# (class logits, box deltas, ...), a list over levels of (N, A * K, H, W).
-register_taps(
-    "DenseDetector",
-    **_SHARED,
-    dense=TapSpec("head", run=_run_dense_head, channels=_dense_channels),
-)
-# ``rpn`` gives objectness (N, A, H, W) and deltas (N, A * 4, H, W), both a list over levels;
+# DenseDetector is the base class of RetinaNet and FCOS.
+register_taps("DenseDetector", **_SHARED, dense=dense_tap("logits", "boxes", "centreness"))
+# ``rpn`` gives objectness as logits, and boxes;
 # ``box`` class logits (R, K + 1) and deltas (R, K * 4) of the sampled proposals, in their order, of
 # a cascade a list over its stages;
 # ``mask_logits`` (R, K, h, w) and ``keypoint_logits`` (R, points, h, w) are those of the foreground
@@ -45,7 +32,7 @@ register_taps(
 register_taps(
     "GeneralizedRCNN",
     **_SHARED,
-    rpn=TapSpec("proposal_generator.rpn_head", run=_run_rpn_head),
+    rpn=TapSpec("proposal_generator.rpn_head", run=_run_rpn_head, select=named("logits", "boxes")),
     box=TapSpec("roi_heads.box_predictor"),
     sampled_proposals=TapSpec("roi_heads", select=lambda outputs: outputs[0]),
     mask_logits=TapSpec("roi_heads.mask_head.predictor"),

@@ -31,7 +31,9 @@ class TestCSA(PredictionContract):
 
     def padded(self, ctx):
         """The student's features are what its own head reads."""
-        levels = zip(ctx.student_features, *ctx.student_outputs["dense"], strict=True)
+        levels = zip(
+            ctx.student_features, *ctx.student_outputs["dense"].parts().values(), strict=True
+        )
         logits = [(level, x) for level, *both in levels for x in both]
         return [*logits, *ctx.teacher_features.items()]
 
@@ -156,7 +158,7 @@ def test_at_its_start_the_assistant_says_what_the_student_says(arch, tmp_path):
         own = head(ctx)
         assert any(name.startswith("assistant/") for name in storage.latest())
     if arch == "RetinaNet":
-        pairs = zip(ours.logits + ours.deltas, theirs.logits + theirs.deltas, strict=True)
+        pairs = zip(ours.logits + ours.boxes, theirs.logits + theirs.boxes, strict=True)
         # the same anchors and labels: the same loss, by the same normaliser
         for name, loss in losses.items():
             torch.testing.assert_close(own[f"loss_aux_csa_{name.removeprefix('loss_')}"], loss)
@@ -247,7 +249,7 @@ def test_boxes_are_taught_where_an_object_is_assigned_only():
     with EventStorage():
         loss = head(ctx)["loss_kd_csa_box"]
         labels = torch.stack(predictor.assign(ctx).labels)
-    gradients = torch.autograd.grad(loss, ctx.student_outputs["dense"][1])
+    gradients = torch.autograd.grad(loss, ctx.student_outputs["dense"].boxes)
     taught = torch.cat(flatten_cells(gradients, 4), dim=1).any(2)
     positive = (labels >= 0) & (labels < predictor.num_classes)
     assert positive.any() and torch.equal(taught, positive)

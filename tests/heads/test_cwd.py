@@ -17,6 +17,7 @@ from kd_testing import (
 
 from projects.kd.errors import ConfigError
 from projects.kd.heads import build_imitation_heads
+from projects.kd.predict import DenseOutputs
 
 
 class TestCWD(HeadContract):
@@ -52,7 +53,7 @@ def test_golden_numbers_through_the_head(target, tau, value):
         if target == "features":
             features["p3"] = values
         else:
-            outputs["dense"][0][0] = values
+            outputs["dense"].logits[0] = values
     loss = build(TAU=tau, LEVELS=("p3",), TARGET=target, WEIGHT=10.0)(ctx)["loss_kd_cwd"]
     assert loss.item() == pytest.approx(10 * value, rel=1e-5)
 
@@ -80,16 +81,16 @@ def test_logits_of_a_level_are_found_by_the_teachers_own_name():
     head = build(teacher=teacher, TARGET="dense")
     assert head.requires == {"dense"}
     ctx = make_context(channels=(3, 3), same=True)
-    logits = ctx.teacher_outputs["dense"][0]
+    logits = ctx.teacher_outputs["dense"].logits
     finest = torch.randn(2, 8, 16, 16)
-    ctx.teacher_outputs["dense"] = ([finest, *logits],)
+    ctx.teacher_outputs["dense"] = DenseOutputs([finest, *logits])
     assert head(ctx)["loss_kd_cwd"].item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_other_anchors_or_classes_are_refused_in_the_first_step():
     head = build(TARGET="dense")
     ctx = make_context(channels=(3, 3))
-    ctx.teacher_outputs["dense"][0][1] = torch.randn(2, 12, 4, 4)
+    ctx.teacher_outputs["dense"].logits[1] = torch.randn(2, 12, 4, 4)
     with pytest.raises(ConfigError, match="KD.CWD.TARGET.* at p4 the student has 8 .* teacher 12"):
         head(ctx)
 

@@ -78,8 +78,8 @@ def golden_context():
     ctx = make_context(sizes=((32, 48),) * 2, canvas=(32, 48), channels=(3, 3))
     ctx.student_features["p3"] = wave("student", 2, 3, 4, 6, dtype=torch.float32)
     ctx.teacher_features["p3"] = wave("teacher", 2, 3, 4, 6, dtype=torch.float32)
-    ctx.student_outputs["dense"][0][0] = ctx.student_features["p3"]
-    ctx.teacher_outputs["dense"][0][0] = ctx.teacher_features["p3"]
+    ctx.student_outputs["dense"].logits[0] = ctx.student_features["p3"]
+    ctx.teacher_outputs["dense"].logits[0] = ctx.teacher_features["p3"]
     return ctx
 
 
@@ -103,14 +103,14 @@ def test_golden_numbers_through_the_head(name, node, value, target):
 def test_golden_number_of_pi_on_a_detector():
     head = build("PI", TARGET="dense", LEVELS=("p3",), WEIGHT=1.0)
     ctx = golden_context()
-    normaliser = ctx.teacher_outputs["dense"][0][0].amax(1).sigmoid().sum().item()
+    normaliser = ctx.teacher_outputs["dense"].logits[0].amax(1).sigmoid().sum().item()
     loss = head(ctx)["loss_kd_pi"]
     assert loss.item() == pytest.approx(64.84309916 / normaliser, rel=1e-5)
 
 
 def test_a_teacher_that_sees_nothing_gives_pi_a_bounded_normaliser():
     ctx = make_context()
-    for logits in ctx.teacher_outputs["dense"][0]:
+    for logits in ctx.teacher_outputs["dense"].logits:
         logits.data.fill_(-60.0)
     head = build("PI", TARGET="dense")
     assert head(ctx)["loss_kd_pi"].isfinite()

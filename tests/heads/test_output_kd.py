@@ -24,7 +24,9 @@ class TestOutputKD(PredictionContract):
 
     def padded(self, ctx):
         """A teacher's features are what its own head reads; of the rest, the student's logits."""
-        levels = zip(ctx.student_features, *ctx.student_outputs["dense"], strict=True)
+        levels = zip(
+            ctx.student_features, *ctx.student_outputs["dense"].parts().values(), strict=True
+        )
         return [(level, x) for level, *both in levels for x in both]
 
     @pytest.mark.parametrize("mask_padding", [True, False])
@@ -35,9 +37,8 @@ class TestOutputKD(PredictionContract):
         expected = self.run(build(teacher=toy_retinanet(), **node), coarse)[0]
         fine = prediction_context(teacher_scale=2.0)
         fine.gt = coarse.gt
-        for ours, theirs in zip(
-            coarse.student_outputs["dense"], fine.student_outputs["dense"], strict=True
-        ):
+        given = (ctx.student_outputs["dense"].parts().values() for ctx in (coarse, fine))
+        for ours, theirs in zip(*given, strict=True):
             for x, y in zip(ours, theirs, strict=True):
                 y.data.copy_(x)
         for level, x in coarse.teacher_features.items():
@@ -57,12 +58,12 @@ class TestOutputKD(PredictionContract):
         losses, total = self.run(head, ctx)
         total.backward()
         assert all(loss.isfinite() and loss > 0 for loss in losses.values())
-        assert not ctx.student_outputs["dense"][0][2].grad
+        assert not ctx.student_outputs["dense"].logits[2].grad
         logits, _ = ctx.teacher.model.head(list(ctx.teacher_features.values()))
         again = dense_class_loss(
             [
                 (*(x.unflatten(1, (4, 2)) for x in pair), None)
-                for pair in zip(ctx.student_outputs["dense"][0][:2], logits[1:], strict=True)
+                for pair in zip(ctx.student_outputs["dense"].logits[:2], logits[1:], strict=True)
             ]
         )
         open_head = build(
@@ -94,7 +95,7 @@ def test_teachers_of_other_widths_are_as_good():
     with EventStorage():
         losses = build()(ctx)
     sum(losses.values()).backward()
-    assert all(x.grad.any() for x in ctx.student_outputs["dense"][0])
+    assert all(x.grad.any() for x in ctx.student_outputs["dense"].logits)
     assert all(x.grad is None for x in ctx.teacher_features.values())
     assert all(p.grad is None for p in ctx.teacher.model.parameters())
 
@@ -109,7 +110,9 @@ def test_class_term_is_that_of_the_teachers_logits_without_ignored_anchors():
     labels, _ = model.label_anchors(anchors, ctx.gt)
     assert any((x == -1).any() for x in labels)
     start = 0
-    for level, ours, theirs in zip(STRIDES, ctx.student_outputs["dense"][0], logits, strict=True):
+    for level, ours, theirs in zip(
+        STRIDES, ctx.student_outputs["dense"].logits, logits, strict=True
+    ):
         count, _, rows, columns = ours.shape
         counted = torch.zeros(count, 4, rows, columns, dtype=torch.bool)
         inside = ctx.valid_mask(level)

@@ -46,7 +46,7 @@ def test_predicting_from_the_students_features_gives_its_predictions(teachers):
     predictor = predictor_for(model.student)
     own = predictor.student(ctx)
     found = predictor.predict(ctx.student_features, predictor.assign(ctx))
-    for part in ("logits", "deltas", "centreness"):
+    for part in ("logits", "boxes", "centreness"):
         for one, other in zip(getattr(own, part), getattr(found, part), strict=True):
             torch.testing.assert_close(one, other)
 
@@ -61,7 +61,7 @@ def test_pairs_hold_decoded_boxes_and_the_assigned_locations(teachers):
     positives = sum((labels < 3).sum().item() for labels in assigned.labels)
     assert positives > 0 and sum(pair.positive.sum().item() for pair in pairs) == positives
     # location (row 1, column 2) of the finest level: centre (20, 12), stride 8
-    sides = own.deltas[0][0, :, 1, 2].relu() * 8
+    sides = own.boxes[0][0, :, 1, 2].relu() * 8
     box = torch.tensor([20, 12, 20, 12]) + sides * torch.tensor([-1, -1, 1, 1])
     torch.testing.assert_close(pairs[0].student_boxes[0, 0, 1, 2], box)
 

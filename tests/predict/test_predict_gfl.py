@@ -47,7 +47,7 @@ def test_predicting_from_the_students_features_gives_its_predictions(observed):
     predictor = predictor_for(model.student)
     own = predictor.student(ctx)
     found = predictor.predict(ctx.student_features, predictor.assign(ctx))
-    for part in ("logits", "deltas"):
+    for part in ("logits", "bins"):
         for one, other in zip(getattr(own, part), getattr(found, part), strict=True):
             torch.testing.assert_close(one, other)
 
@@ -56,7 +56,7 @@ def test_pairs_hold_decoded_boxes_and_the_assigned_locations(observed):
     model, ctx, _ = observed
     predictor = predictor_for(model.student)
     assigned, own = predictor.assign(ctx), predictor.student(ctx)
-    bins = own.deltas[0].detach()
+    bins = own.bins[0].detach()
     bins[0].view(4, BINS + 1, *bins.shape[-2:])[:, :, 1, 2] = -50.0
     for side, distance in enumerate((1, 2, 3, 4)):  # a sure distribution: left, top, right, bottom
         bins[0].view(4, BINS + 1, *bins.shape[-2:])[side, distance, 1, 2] = 50.0

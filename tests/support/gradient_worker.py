@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from projects.kd.heads import build_imitation_heads
+from projects.kd.predict import DenseOutputs
 
 # What each rank sees: image sizes on one canvas, so that the batches can be joined.
 SIZES = (((40, 56), (64, 33)), ((64, 48),))
@@ -114,7 +115,7 @@ class Step(nn.Module):
         logits = [self.predictor(feature) for feature in features.values()]
         deltas = [self.regressor(feature) for feature in features.values()]
         ctx.student_features = features
-        ctx.student_outputs = {"dense": (logits, deltas), "bottom_up": Stages(features)}
+        ctx.student_outputs = {"dense": DenseOutputs(logits, deltas), "bottom_up": Stages(features)}
         ctx.student, ctx.teacher = self.detectors[0], SimpleNamespace(model=self.detectors[1])
         outputs = (*features.values(), *logits, *deltas)
         task = sum(x.square().sum() for x in outputs) / TASK_NORMALISER
@@ -152,8 +153,10 @@ def batch_of(ranks, case: Case):
         ctx.gt += other.gt
         for level, feature in other.teacher_features.items():
             ctx.teacher_features[level] = torch.cat([ctx.teacher_features[level], feature])
-        pairs = zip(ctx.teacher_outputs["dense"][0], other.teacher_outputs["dense"][0], strict=True)
-        ctx.teacher_outputs["dense"] = ([torch.cat(pair) for pair in pairs],)
+        pairs = zip(
+            ctx.teacher_outputs["dense"].logits, other.teacher_outputs["dense"].logits, strict=True
+        )
+        ctx.teacher_outputs["dense"] = DenseOutputs([torch.cat(pair) for pair in pairs])
     return torch.cat(images), ctx
 
 

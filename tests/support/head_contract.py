@@ -17,6 +17,7 @@ import torch
 from kd_testing import CHANNELS, head_cfg, leaves, make_context, toy_info
 
 from projects.kd.heads import build_imitation_heads
+from projects.kd.predict import DenseOutputs
 
 MORE_CHANNELS = CHANNELS + 4
 RAGGED = {"sizes": ((40, 56), (64, 33)), "canvas": (64, 64)}
@@ -230,7 +231,10 @@ class HeadContract:
         for values in (full.student_features, full.teacher_features):
             values.update({k: v.detach().float() for k, v in values.items()})
         for outputs in (full.student_outputs, full.teacher_outputs):
-            outputs["dense"] = [[x.detach().float() for x in part] for part in outputs["dense"]]
+            parts = outputs["dense"].parts().items()
+            outputs["dense"] = DenseOutputs(
+                **{name: [x.detach().float() for x in part] for name, part in parts}
+            )
         found, total = self.run(head, half)
         expected, _ = self.run(head, full)
         for key, loss in found.items():
@@ -283,7 +287,7 @@ class HeadContract:
             ctx = self.context(**RAGGED)
             self.run(head, ctx)[1].backward()
             assert ctx.student_features["p5"].grad is None
-            assert ctx.student_outputs["dense"][0][2].grad is None
+            assert ctx.student_outputs["dense"].logits[2].grad is None
 
     def test_the_head_runs_for_all_steps_without_keeping_their_graph(self):
         """Two steps with one head: nothing of the first is needed in the second."""

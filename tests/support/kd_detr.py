@@ -15,6 +15,7 @@ from projects.kd.levels import scaled_size
 from projects.kd.modeling.conditional_detr import ConditionalDETR
 from projects.kd.modeling.conditional_detr_transformer import Transformer
 from projects.kd.modeling.set_criterion import SetCriterion
+from projects.kd.predict import DenseOutputs
 
 LEVEL = "p4"
 STRIDE = 16
@@ -103,8 +104,8 @@ def detr_context(student, teacher, same=False, **kwargs):
         return decoded(teacher, ctx.teacher_features[LEVEL], sizes, canvas)
 
     for name, compute in (("student_outputs", of_student), ("teacher_outputs", of_teacher)):
-        dense = getattr(ctx, name)["dense"][0][1:2]
-        setattr(ctx, name, OnDemand(compute, dense=(dense,)))
+        dense = getattr(ctx, name)["dense"].logits[1:2]
+        setattr(ctx, name, OnDemand(compute, dense=DenseOutputs(dense)))
     ctx.student = student.train()
     ctx.teacher = SimpleNamespace(model=teacher.eval().requires_grad_(False))
     assert len(leaves(ctx).student) == 2

@@ -26,6 +26,7 @@ from projects.kd import (
     register_class_key,
     register_taps,
 )
+from projects.kd.predict import DenseOutputs
 
 STRIDES = {"p3": 8, "p4": 16, "p5": 32}
 CHANNELS = 6
@@ -203,8 +204,11 @@ def make_context(
         gt=gt,
         student_features=student,
         teacher_features=teacher,
-        student_outputs={"dense": (list(ours.values()),), "bottom_up": Stages(student)},
-        teacher_outputs={"dense": (list(theirs.values()),), "bottom_up": Stages(teacher)},
+        student_outputs={"dense": DenseOutputs(list(ours.values())), "bottom_up": Stages(student)},
+        teacher_outputs={
+            "dense": DenseOutputs(list(theirs.values())),
+            "bottom_up": Stages(teacher),
+        },
         strides=dict(STRIDES),
         teacher_scale=teacher_scale,
     )
@@ -214,7 +218,7 @@ def leaves(ctx: DistillContext) -> SimpleNamespace:
     """The context's tensors: per side a list of (level, tensor), features and dense outputs."""
 
     def side(features, outputs):
-        dense = (zip(features, part, strict=True) for part in outputs["dense"])
+        dense = (zip(features, part, strict=True) for part in outputs["dense"].parts().values())
         return [*features.items(), *itertools.chain.from_iterable(dense)]
 
     return SimpleNamespace(

@@ -9,6 +9,8 @@ from detectron2.utils.events import EventStorage
 from head_contract import HeadContract
 from kd_testing import CHANNELS, make_context, toy_info, toy_retinanet
 
+from projects.kd.predict import DenseOutputs
+
 
 class PredictionContract(HeadContract):
     """The contract for heads on predictions: of toy RetinaNets with their heads."""
@@ -36,16 +38,18 @@ def prediction_context(same: bool = False, **kwargs):
     ctx.student, ctx.teacher = student, SimpleNamespace(model=teacher)
     generator = torch.Generator().manual_seed(5)
     for outputs in (ctx.student_outputs, ctx.teacher_outputs):
-        (logits,) = outputs["dense"]
+        logits = outputs["dense"].logits
         deltas = [
             torch.randn(len(x), 16, *x.shape[-2:], generator=generator).to(x.dtype).requires_grad_()
             for x in logits
         ]
-        outputs["dense"] = (logits, deltas)
+        outputs["dense"] = DenseOutputs(logits, deltas)
     if same:
         with torch.no_grad():
             found = student.head([x.detach() for x in ctx.student_features.values()])
-            for ours, theirs in zip(ctx.student_outputs["dense"], found, strict=True):
+            for ours, theirs in zip(
+                ctx.student_outputs["dense"].parts().values(), found, strict=True
+            ):
                 for x, y in zip(ours, theirs, strict=True):
                     x.copy_(y)
     return ctx

@@ -117,8 +117,8 @@ class MapImitation(ImitationHead):
 
     def _logits(self, ctx: DistillContext, level: str):
         ours, theirs = self.dense_index[level]
-        student = ctx.student_outputs["dense"][0][ours]
-        teacher = ctx.teacher_outputs["dense"][0][theirs]
+        student = ctx.student_outputs["dense"].logits[ours]
+        teacher = ctx.teacher_outputs["dense"].logits[theirs]
         if self.by_channel:
             key = f"KD.{head_name(type(self)).upper()}.TARGET"
             _check_dense(key, student.shape[1], teacher.shape[1], f" at {level}")

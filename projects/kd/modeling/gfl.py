@@ -24,7 +24,8 @@ from ..functional.gfl import (
 from ..heads.base import mean_over_ranks
 from ..predict import register_predictor
 from ..predict.gfl import GFLPredictor
-from ..taps import register_class_key
+from ..predict.outputs import dense_tap
+from ..taps import register_class_key, register_taps
 from .square_anchors import SquareAnchorDetector, points_of, square_anchors
 
 ANCHOR_SCALE = 8.0  # side of the one square anchor a location, in strides (ATSS)
@@ -248,4 +249,5 @@ class GFL(SquareAnchorDetector):
 
 
 register_class_key("GFL", "MODEL.GFL.NUM_CLASSES")
+register_taps("GFL", dense=dense_tap("logits", "bins"))
 register_predictor("GFL", GFLPredictor)

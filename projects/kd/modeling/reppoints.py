@@ -14,7 +14,8 @@ from ..config import register_config
 from ..errors import ConfigError
 from ..functional.reppoints import assign_by_iou, nearest_point
 from ..heads.base import mean_over_ranks
-from ..taps import register_class_key
+from ..predict.outputs import dense_tap
+from ..taps import register_class_key, register_taps
 from .reppoints_head import PointBoxes, RepPointsHead
 from .square_anchors import SquareAnchorDetector, points_of, square_anchors
 
@@ -194,17 +195,18 @@ class RepPoints(SquareAnchorDetector):
         )
 
     def _flat(self, predictions):
-        points = predictions[1][0].shape[1]
+        _, first, _ = predictions
+        points = first[0].shape[1]
         levels = self._transpose_dense_predictions(predictions, [self.num_classes, points, points])
         return [torch.cat(x, dim=1) for x in levels]
 
     def forward_inference(self, images, features, predictions):
         """Per image Instances with ``pred_boxes``, ``scores`` and ``pred_classes``."""
-        points = predictions[2][0].shape[1]
-        logits, refined = self._transpose_dense_predictions(
-            [predictions[0], predictions[2]], [self.num_classes, points]
-        )
+        logits, _, refined = predictions
+        widths = [self.num_classes, refined[0].shape[1]]
+        logits, refined = self._transpose_dense_predictions([logits, refined], widths)
         return self.detect(images, features, logits, refined)
 
 
 register_class_key("RepPoints", "MODEL.REPPOINTS.NUM_CLASSES")
+register_taps("RepPoints", dense=dense_tap("logits"))  # its points are read by nothing else

@@ -11,14 +11,17 @@ from .base import (
     register_predictor,
     with_modules,
 )
+from .outputs import DenseOutputs, dense_tap
 
 __all__ = [
     "AnchorMatch",
+    "DenseOutputs",
     "DensePair",
     "Pairs",
     "Predictor",
     "RegionPair",
     "call_constant",
+    "dense_tap",
     "predictor_for",
     "register_predictor",
     "with_modules",

@@ -6,7 +6,6 @@ Shapes as in :mod:`~projects.kd.predict.base`; channel ``a * K + k`` is class k 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from detectron2.structures import Boxes
@@ -14,25 +13,7 @@ from detectron2.structures import Boxes
 from ..errors import ConfigError
 from ..functional.output_kd import jitter_boxes
 from .base import AnchorMatch, DensePair
-
-
-@dataclass(frozen=True)
-class DensePredictions:
-    """Raw outputs of a head, one entry a level.
-
-    Attributes:
-        logits: (N, A * K, H, W).
-        deltas: (N, A * D, H, W), D = 4 but for detectors with other boxes.
-    """
-
-    logits: list[torch.Tensor]
-    deltas: list[torch.Tensor]
-
-    @classmethod
-    def of(cls, outputs) -> DensePredictions:
-        """From what a head returned, in fp32."""
-        logits, deltas = outputs
-        return cls([x.float() for x in logits], [x.float() for x in deltas])
+from .outputs import DenseOutputs
 
 
 def match_anchors(student, teacher, names: Sequence[str], scale: float, key: str):
@@ -116,8 +97,8 @@ def unflatten_cells(values: torch.Tensor, maps: Sequence[torch.Tensor], width: i
 
 
 def level_pair(
-    student: DensePredictions,
-    target: DensePredictions,
+    student: DenseOutputs,
+    target: DenseOutputs,
     place: int,
     match: AnchorMatch,
     width: int,
@@ -161,8 +142,8 @@ def level_pair(
         "positive": positive,
     }
     if boxes is not None:
-        deltas = match.select(target.deltas[match.index])
-        pair["student_boxes"] = decode(student.deltas[place], *boxes, mask)
+        deltas = match.select(target.box_maps[match.index])
+        pair["student_boxes"] = decode(student.box_maps[place], *boxes, mask)
         pair["target_boxes"] = jitter_boxes(decode(deltas.detach(), *boxes, mask), jitter)
     return DensePair(**pair)
 

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 from detectron2.utils.events import get_event_storage
 
 from ..errors import ConfigError
-from .dense import DensePredictions, flatten_cells, match_anchors
+from .dense import flatten_cells, match_anchors
 from .retinanet import RetinaNetPredictor, normaliser_at_rest
 
 
-@dataclass(frozen=True)
-class PointPredictions(DensePredictions):
-    """Also (N, 1, H, W) centre-ness a level; it takes part in the ground-truth loss only."""
-
-    centreness: list[torch.Tensor]
-
-    @classmethod
-    def of(cls, outputs) -> PointPredictions:
-        """From what a head returned, in fp32."""
-        return cls(*([x.float() for x in part] for part in outputs))
-
-
 class FCOSPredictor(RetinaNetPredictor):
-    """Class logits and distances to the sides of a box, at every location."""
+    """Class logits and distances to the sides of a box, at every location.
+
+    Centre-ness takes part in the ground-truth loss only.
+    """
 
     name = "FCOS"
-    outputs = PointPredictions
+    outputs = ("logits", "boxes", "centreness")
 
     def match(self, teacher, scale, key):
         """See :func:`match_anchors`; a location counts as an anchor of one stride."""
@@ -43,7 +31,7 @@ class FCOSPredictor(RetinaNetPredictor):
     def losses(self, predictions, assigned):
         """``loss_fcos_cls``, ``_loc`` and ``_ctr``, by the student's current normaliser."""
         logits = flatten_cells(predictions.logits, self.num_classes)
-        deltas = flatten_cells(predictions.deltas, 4)
+        deltas = flatten_cells(predictions.boxes, 4)
         centreness = flatten_cells(predictions.centreness, 1)
         with normaliser_at_rest(self.model), get_event_storage().name_scope("assistant"):
             return self.model.losses(

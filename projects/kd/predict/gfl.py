@@ -16,6 +16,7 @@ class GFLPredictor(RetinaNetPredictor):
     """
 
     name = "GFL"
+    outputs = ("logits", "bins")
 
     @property
     def box_width(self):
@@ -40,7 +41,7 @@ class GFLPredictor(RetinaNetPredictor):
     def losses(self, predictions, assigned):
         """``loss_gfl_cls``, ``_box`` and ``_dfl``."""
         logits = flatten_cells(predictions.logits, self.num_classes)
-        bins = flatten_cells(predictions.deltas, self.box_width)
+        bins = flatten_cells(predictions.bins, self.box_width)
         with get_event_storage().name_scope("assistant"):
             return self.model.losses(
                 assigned.anchors, logits, bins, assigned.labels, assigned.boxes

@@ -16,13 +16,13 @@ from ..errors import ConfigError
 from ..functional.output_kd import jitter_boxes
 from .base import Pairs, Predictor, RegionPair, call_constant
 from .dense import (
-    DensePredictions,
     check_transforms,
     flatten_cells,
     identity_matches,
     level_pair,
     match_anchors,
 )
+from .outputs import DenseOutputs, named
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class RegionPredictions:
         stages: of each box head the (R, K + 1) logits and the (R, K * 4) or (R, 4) deltas.
     """
 
-    proposals: DensePredictions
+    proposals: DenseOutputs
     stages: list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -144,7 +144,7 @@ class RCNNPredictor(Predictor):
     def student(self, ctx):
         """From the taps."""
         stages = self.tapped(ctx)
-        proposals = DensePredictions.of(ctx.student_outputs["rpn"])
+        proposals = ctx.student_outputs["rpn"].float()
         return RegionPredictions(proposals, [(x.float(), y.float()) for x, y in stages])
 
     def tapped(self, ctx: DistillContext) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -155,7 +155,8 @@ class RCNNPredictor(Predictor):
         """Proposal network on its levels, box heads on the student's regions."""
         rpn, roi_heads = self.model.proposal_generator, self.model.roi_heads
         maps = [features[level] for level in rpn.in_features]
-        proposals = DensePredictions.of(call_constant(rpn.rpn_head, maps, constant=constant))
+        outputs = call_constant(rpn.rpn_head, maps, constant=constant)
+        proposals = named("logits", "boxes")(outputs).float()
         maps = [features[level] for level in roi_heads.box_in_features]
         stages = []
         for regions, (head, predictor) in zip(assigned.regions, self.box_heads, strict=True):
@@ -176,7 +177,7 @@ class RCNNPredictor(Predictor):
         """
         rpn = self.model.proposal_generator
         objectness = [x.flatten(1) for x in flatten_cells(predictions.proposals.logits, 1)]
-        deltas = flatten_cells(predictions.proposals.deltas, 4)
+        deltas = flatten_cells(predictions.proposals.boxes, 4)
         with get_event_storage().name_scope("assistant"):
             losses = rpn.losses(
                 assigned.anchors, objectness, assigned.labels, deltas, assigned.boxes

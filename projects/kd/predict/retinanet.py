@@ -12,7 +12,6 @@ from torch import nn
 
 from .base import Pairs, Predictor, call_constant
 from .dense import (
-    DensePredictions,
     check_transforms,
     flatten_cells,
     identity_matches,
@@ -20,6 +19,7 @@ from .dense import (
     match_anchors,
     unflatten_cells,
 )
+from .outputs import named
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RetinaNetPredictor(Predictor):
     name = "RetinaNet"
     taps = frozenset({"dense"})
     modules = ("head",)
-    outputs = DensePredictions
+    outputs = ("logits", "boxes")  # of the head, in order
 
     @property
     def levels(self):
@@ -51,7 +51,7 @@ class RetinaNetPredictor(Predictor):
 
     @property
     def box_width(self) -> int:
-        """Numbers of an anchor in ``deltas``."""
+        """Numbers of an anchor in ``boxes`` or ``bins``."""
         return 4
 
     def match(self, teacher, scale, key):
@@ -70,18 +70,19 @@ class RetinaNetPredictor(Predictor):
 
     def student(self, ctx):
         """From the ``dense`` tap."""
-        return self.outputs.of(ctx.student_outputs["dense"])
+        return ctx.student_outputs["dense"].float()
 
     def predict(self, features, assigned, *, scale=1.0, constant=True):
         """The head on all levels."""
         del assigned, scale
         maps = [features[level] for level in self.levels]
-        return self.outputs.of(call_constant(self.model.head, maps, constant=constant))
+        outputs = call_constant(self.model.head, maps, constant=constant)
+        return named(*self.outputs)(outputs).float()
 
     def losses(self, predictions, assigned):
         """``loss_cls`` and ``loss_box_reg``, divided by the student's current normaliser."""
         logits = flatten_cells(predictions.logits, self.num_classes)
-        deltas = flatten_cells(predictions.deltas, self.box_width)
+        deltas = flatten_cells(predictions.boxes, self.box_width)
         with normaliser_at_rest(self.model), get_event_storage().name_scope("assistant"):
             return self.model.losses(
                 assigned.anchors, logits, assigned.labels, deltas, assigned.boxes
@@ -90,7 +91,7 @@ class RetinaNetPredictor(Predictor):
     def pairs(self, student, target, assigned, *, levels, masks, match=None, jitter=0.0):
         """One entry a level; anchors that the matcher ignores do not count."""
         match = identity_matches(self.levels) if match is None else match
-        labels = unflatten_cells(torch.stack(assigned.labels), student.deltas, self.box_width)
+        labels = unflatten_cells(torch.stack(assigned.labels), student.logits, self.num_classes)
         dense = []
         for place, level in enumerate(self.levels):
             if level in levels and level in match:
