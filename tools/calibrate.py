@@ -36,7 +36,8 @@ from detectron2.utils.logger import setup_logger  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
 from projects.kd import ConfigError, build_training_model, check_config, load_config  # noqa: E402
-from projects.kd.analysis.measure import Progress, Spread, gradient_norm  # noqa: E402
+from projects.kd.analysis.measure import Progress, Spread  # noqa: E402
+from projects.kd.balance import gradient_norm  # noqa: E402
 from projects.kd.arguments import Parser, number, output_file, whole  # noqa: E402
 from projects.kd.data.loader import build_train_loader  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
@@ -87,8 +88,10 @@ def measure_batch(model, batch) -> tuple[dict, dict]:
         losses[f"head/{name}"] = sum(parts)
     norms = {name: gradient_norm(value, features) for name, value in losses.items()}
     for name, head in model.heads.items():
-        if "bottom_up" in head.requires:  # reads stages of the backbone, which the task trains too
-            stages = [ctx.student_outputs["bottom_up"][stage] for stage in head.levels]
+        stages = head.acts_on(ctx)
+        if [id(x) for x in stages] != [
+            id(x) for x in features
+        ]:  # stages of the backbone, which the task trains too
             norms[f"head/{name}"] = gradient_norm(losses[f"head/{name}"], stages)
             norms[f"task/all for head/{name}"] = gradient_norm(losses["task/all"], stages)
     return {name: value.item() for name, value in losses.items()}, norms

@@ -11,6 +11,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .balance import ShareController, build_balance
 from .building import build_detector
 from .context import DistillContext, ModelInfo
 from .data.classes import compare_with_teacher
@@ -49,6 +50,7 @@ class DistillMetaArch(nn.Module):
         compile_teacher: compile the teacher's backbone.
         teacher_scale: side of the teacher's images in parts of the student's; where it is not 1
             every example has to bring ``image_teacher``.
+        balance: sets the heads' weights while training runs; None = they stay.
     """
 
     @configurable
@@ -64,6 +66,7 @@ class DistillMetaArch(nn.Module):
         log_period: int = 20,
         compile_teacher: bool = False,
         teacher_scale: float = 1.0,
+        balance: ShareController | None = None,
     ):
         super().__init__()
         self.student = student
@@ -73,6 +76,7 @@ class DistillMetaArch(nn.Module):
         self.level_map = dict(level_map)
         self.image_format = image_format
         self.log_period = log_period
+        self.balance = balance
         needed = {"features"}.union(*(head.requires for head in heads.values()))
         ours = needed.union(*(head.requires_student for head in heads.values()))
         specs = {name: spec for name, spec in taps_for(student).items() if name in ours}
@@ -102,6 +106,7 @@ class DistillMetaArch(nn.Module):
             "student": student,
             "teacher": teacher,
             "heads": heads.to(cfg.MODEL.DEVICE),
+            "balance": build_balance(cfg, heads),
             "ramps": {name: build_ramp(cfg, name) for name in heads},
             "level_map": level_map,
             "image_format": cfg.INPUT.FORMAT,
@@ -129,6 +134,8 @@ class DistillMetaArch(nn.Module):
         if not self.training:
             return self.student(batched_inputs)
         ctx, losses = self.observe(batched_inputs)
+        if self.balance is not None:
+            self.balance.begin(ctx, losses)
         return self.combine(losses, self.imitate(ctx))
 
     def observe(self, batched_inputs: list[dict]) -> tuple[DistillContext, dict]:
@@ -203,7 +210,7 @@ class DistillMetaArch(nn.Module):
         )
 
     def imitate(self, ctx: DistillContext) -> dict[str, torch.Tensor]:
-        """All heads' losses with their schedules applied, computed without autocast."""
+        """All heads' losses, schedules and multipliers applied, computed without autocast."""
         losses: dict[str, torch.Tensor] = {}
         for name, head in self.heads.items():
             if head.needs_boxes and ctx.gt is None:
@@ -214,10 +221,14 @@ class DistillMetaArch(nn.Module):
             ):
                 own = head(ctx)
             factor = self.ramps[name](ctx.iteration)
+            if self.balance is not None:
+                factor *= self.balance.factor(name, head, own, ctx)
             for key, loss in own.items():
                 if key in losses:
                     raise ConfigError(f"KD.HEADS: two heads return a loss named {key}")
                 losses[key] = _scheduled(loss, factor) if key.startswith("loss_kd_") else loss
+        if self.balance is not None:
+            self.balance.end(ctx)
         return losses
 
     def combine(self, task: dict, distillation: dict) -> dict[str, torch.Tensor]:

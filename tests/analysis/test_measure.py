@@ -101,19 +101,6 @@ def test_settled_norms_keep_a_random_network_finite():
     assert not backbone.bottom_up.stem.conv1.norm._forward_pre_hooks
 
 
-def test_gradient_norm_is_over_all_features_together():
-    a = torch.tensor([3.0, 0.0], requires_grad=True)
-    b = torch.tensor([4.0], requires_grad=True)
-    c = torch.tensor([1.0], requires_grad=True)
-    features = [a * 1, b * 1, c * 1]
-    loss = (features[0].square().sum() + features[1].square().sum()) / 2
-    assert measure.gradient_norm(loss, features) == pytest.approx(5.0)
-    assert measure.gradient_norm(2 * loss, features) == pytest.approx(10.0), "the graph is kept"
-    assert measure.gradient_norm(loss, features[2:]) == 0.0
-    assert measure.gradient_norm(torch.tensor(1.0), features) == 0.0
-    assert a.grad is None
-
-
 def test_progress_names_what_runs_and_the_time_left(capsys):
     progress = measure.Progress(3, period=0.0)
     for name in "abc":

@@ -211,15 +211,3 @@ def settle_norms(model: nn.Module, images: torch.Tensor) -> None:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def gradient_norm(loss: torch.Tensor, features: Sequence[torch.Tensor]) -> float:
-    """L2 norm over all ``features`` together of the gradient of a scalar; 0 where it has none.
-
-    The graph is kept for the next loss.
-    """
-    if not loss.requires_grad:
-        return 0.0
-    gradients = torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True)
-    squares = [g.double().square().sum() for g in gradients if g is not None]
-    return torch.stack(squares).sum().sqrt().item() if squares else 0.0

@@ -54,6 +54,8 @@ def head_node(weight: float, mask_padding: bool) -> CN:
     node.START_ITER = INHERIT
     node.WARMUP_ITERS = INHERIT
     node.END_ITER = INHERIT
+    # Target of this head's share of the gradient; -2 = KD.BALANCE.TARGET, 0.0 = not balanced.
+    node.SHARE = float(INHERIT)
     return node
 
 
@@ -97,6 +99,18 @@ def _add_distillation_keys(cfg: CN) -> None:
     # "Inheriting": parameters whose names start with one of these are copied from the teacher
     # before the first iteration, where the shapes agree, e.g. ("backbone.fpn_", "head.").
     kd.INIT_FROM_TEACHER = ()
+    kd.BALANCE = balance = CN()
+    # Weights that set themselves: a head's loss_kd_* are multiplied so that the norm of their
+    # gradient at the maps it acts on is this part of all task losses' there. 0.0 = off.
+    balance.TARGET = 0.0
+    # The target at the end of training, reached along a geometric line; 0.0 = TARGET throughout.
+    balance.END_TARGET = 0.0
+    # Iterations between two measurements; one costs two short backward passes, a step once.
+    balance.PERIOD = 100
+    # Memory of the running mean of the logarithm of the share.
+    balance.EMA = 0.9
+    # The multiplier stays within [1 / BOUND, BOUND].
+    balance.BOUND = 10.0
     # Scalars that heads log are recorded every so many iterations.
     kd.LOG_PERIOD = 20
     # True: resume from a checkpoint without the state of the imitation heads (they start anew).

@@ -85,6 +85,13 @@ class ImitationHead(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} does not define forward")
 
+    def acts_on(self, ctx: DistillContext) -> list[torch.Tensor]:
+        """Student maps at which this head's gradient is compared with the task losses'.
+
+        The features of all paired levels, unless a head reads maps that lie deeper in the student.
+        """
+        return [ctx.student_features[level] for level in ctx.teacher_features]
+
     def aux_parameters(self) -> Iterable[nn.Parameter]:
         """Parameters for an optimizer of the head's own, set in ``KD.<HEAD>.OPTIMIZER``."""
         return ()

@@ -155,6 +155,10 @@ class SDF(ImitationHead):
             "detach": node.DETACH,
         }
 
+    def acts_on(self, ctx: DistillContext) -> list[torch.Tensor]:
+        """The stages of the backbone that it reads."""
+        return [ctx.student_outputs["bottom_up"][stage] for stage in self.levels]
+
     def forward(self, ctx: DistillContext) -> dict[str, torch.Tensor]:
         """``loss_kd_sdf``: weight * mean over stages of the mean squared difference."""
         if self.training and self.teacher_sdf == "ema":
