@@ -212,7 +212,7 @@ def test_data_set_whose_file_is_not_there(cfg):
 
 @pytest.mark.parametrize("able", [True, False])
 def test_slow_bfloat16_is_said(cfg, monkeypatch, caplog, able):
-    monkeypatch.setattr(check, "_cpu_computes_bfloat16", lambda: able)
+    monkeypatch.setattr(check, "cpu_computes_bfloat16", lambda: able)
     cfg.MODEL.DEVICE = "cpu"
     cfg.KD.TEACHER.DTYPE = "bfloat16"
     with caplog.at_level("WARNING", logger=check.__name__):

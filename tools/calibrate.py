@@ -37,12 +37,13 @@ from tabulate import tabulate  # noqa: E402
 
 from projects.kd import ConfigError, build_training_model, check_config, load_config  # noqa: E402
 from projects.kd.analysis.measure import Progress, Spread  # noqa: E402
-from projects.kd.balance import gradient_norm  # noqa: E402
 from projects.kd.arguments import Parser, number, output_file, whole  # noqa: E402
+from projects.kd.balance import gradient_norm  # noqa: E402
 from projects.kd.data.loader import build_train_loader  # noqa: E402
 from projects.kd.data.register import register_configured  # noqa: E402
 from projects.kd.engine.hooks import floats_kept, set_floats  # noqa: E402
 from projects.kd.errors import exit_on_user_error  # noqa: E402
+from projects.kd.precision import step_dtype  # noqa: E402
 from projects.kd.weights import load_detector, load_run  # noqa: E402
 
 
@@ -162,13 +163,12 @@ def measure(cfg, model, number: int, progress) -> list[tuple[dict, dict]]:
     seed = max(cfg.SEED, 0)
     torch.manual_seed(seed)
     batches = iter(build_train_loader(cfg, seed=seed))
-    amp = cfg.SOLVER.AMP
-    dtype = getattr(torch, amp.DTYPE) if amp.ENABLED else None
+    dtype = step_dtype(cfg)
     measured = []
     # after the last iteration, when every schedule inside of a head is over
     with EventStorage(cfg.SOLVER.MAX_ITER):
         for _ in range(number):
-            with torch.autocast(model.device.type, dtype=dtype, enabled=amp.ENABLED):
+            with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
                 measured.append(measure_batch(model, next(batches)))
             progress.tick("batches")
     return measured

@@ -6,7 +6,6 @@ import difflib
 import logging
 import os
 
-import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 
@@ -18,6 +17,7 @@ from .errors import ConfigError, did_you_mean
 from .evaluation.tiles import check_tiles
 from .files import require_pickles, resolve_config, resolve_weights
 from .heads.base import head_class
+from .precision import cpu_computes_bfloat16
 from .schedule import build_ramp
 from .taps import class_key, class_names_of, configured_classes
 
@@ -146,7 +146,7 @@ def _check_solver(cfg) -> None:
 
 def _warn_of_slow_bfloat16(cfg) -> None:
     """A CPU without instructions for bfloat16 takes several times as long as with float32."""
-    if cfg.MODEL.DEVICE != "cpu" or _cpu_computes_bfloat16():
+    if cfg.MODEL.DEVICE != "cpu" or cpu_computes_bfloat16():
         return
     asked = []
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "bfloat16":
@@ -157,12 +157,6 @@ def _warn_of_slow_bfloat16(cfg) -> None:
         logger.warning(
             "%s: this CPU has no instructions for bfloat16, float32 is several times as fast", key
         )
-
-
-def _cpu_computes_bfloat16() -> bool:
-    """False only where torch's library for CPUs says so."""
-    known = torch.backends.mkldnn.is_available()
-    return not known or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _check_distillation(cfg) -> None:

@@ -84,7 +84,7 @@ def test_on_a_cpu_the_teacher_is_alone_and_has_all_cores(suite, tmp_path, record
     assert len(begun) == 5 and {threads for _, threads in begun[1:]} == {3}
 
 
-def test_on_a_gpu_plain_rows_begin_beside_the_teacher(suite, tmp_path, recorded):
+def test_plain_rows_begin_beside_the_teacher(suite, tmp_path, recorded):
     begun, gate = recorded
     runs = suites.make_runs(suite, [1, 2], str(tmp_path), [])
     thread = in_background(SuiteRunner(runs, 3, quiet(), beside=True))
@@ -293,7 +293,7 @@ def test_one_after_another_takes_the_sum(suite, tmp_path):
     assert clock.seconds_left() == pytest.approx(40 + 50 + 100)
 
 
-def test_on_a_gpu_rows_are_beside_the_teacher(suite, tmp_path):
+def test_rows_may_be_beside_the_teacher(suite, tmp_path):
     runs, clock, now = clock_of(suite, tmp_path, 2, 100, beside=True)
     clock.start(runs[0])
     clock.start(runs[1])

@@ -58,8 +58,8 @@ class Console:
 class SuiteRunner:
     """Executes runs, each when those that it needs are finished and there is room for it.
 
-    On a CPU what is trained once comes before all others, with every core where it is alone. On a
-    GPU other runs begin beside it (``beside``).
+    What is trained once comes first. Runs that do not need it begin beside it (``beside``), or else
+    wait, and it has every core where it is alone.
 
     Args:
         runs: of :func:`~.suites.make_runs`, in the order in which they should begin.
@@ -217,7 +217,7 @@ def execute_suite(
         fitting = fitting_on_gpu(runs, torch.cuda.mem_get_info()[0])
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     runner = SuiteRunner(
-        runs, number, console, beside=on_gpu, fitting=fitting, deadline=deadline
+        runs, number, console, beside=number > 1, fitting=fitting, deadline=deadline
     )  # fmt: skip
     start = time.monotonic()
     complete = runner.execute(after_some)

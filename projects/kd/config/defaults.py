@@ -155,7 +155,9 @@ def _add_solver_keys(cfg: CN) -> None:
     solver.BACKBONE_MULTIPLIER = 1.0
     # Micro-batches of IMS_PER_BATCH images whose gradients are averaged into one step.
     solver.ACCUM_STEPS = 1
-    # Precision of the step when SOLVER.AMP.ENABLED: "float16" (CUDA only) or "bfloat16".
+    # Precision of the step when SOLVER.AMP.ENABLED: "float16" (CUDA only), "bfloat16",
+    # or "auto": bfloat16 where the device has instructions for it, else float16 on a GPU and
+    # float32 on a CPU.
     solver.AMP.DTYPE = "float16"
     # Losses are gathered from all processes and logged every so many iterations.
     solver.GATHER_METRIC_PERIOD = 20

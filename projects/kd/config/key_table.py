@@ -266,7 +266,7 @@ _REST: dict[str, Rule] = {
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": one_of(*CLIP_TYPES),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": POSITIVE,
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": above(0, infinite=True),
-    "SOLVER.AMP.DTYPE": one_of("float16", "bfloat16"),
+    "SOLVER.AMP.DTYPE": one_of("auto", "float16", "bfloat16"),
     "SOLVER.ACCUM_STEPS": COUNT,
     "SOLVER.GATHER_METRIC_PERIOD": COUNT,
     "SOLVER.EMA.DECAY": share(),

@@ -9,7 +9,6 @@ import os
 import weakref
 from collections.abc import Callable
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
@@ -24,6 +23,7 @@ from ..distiller import build_training_model, student_of
 from ..errors import ConfigError, Stopped
 from ..files import replacing, writable_folder
 from ..inherit import inherit
+from ..precision import step_dtype
 from .checkpoint import DistillCheckpointer, Heads
 from .export import write_student_config
 from .hooks import (
@@ -103,7 +103,7 @@ class DistillTrainer(DefaultTrainer):
             training_model,
             None,  # made by train(), when the place to start from is known
             {name: item.optimizer for name, item in self.optimizations.items()},
-            amp_dtype=getattr(torch, cfg.SOLVER.AMP.DTYPE) if cfg.SOLVER.AMP.ENABLED else None,
+            amp_dtype=step_dtype(cfg),
             accum_steps=cfg.SOLVER.ACCUM_STEPS,
             clips={n: o.clip for n, o in self.optimizations.items() if o.clip is not None},
             active={n: o.active for n, o in self.optimizations.items() if o.active is not None},
