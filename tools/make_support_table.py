@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the table of imitation heads by detectors into README.md, or print it.
+"""Write the table of imitation heads by detectors into docs/methods/index.md, or print it.
 
     python tools/make_support_table.py --write
     python tools/make_support_table.py --why    # what is refused, and with which line
@@ -40,7 +40,7 @@ LABELS = (
     ("semseg", "Semantic FPN"),
     ("conditional_detr", "Conditional DETR"),
 )
-README = os.path.join(ROOT, "README.md")
+PAGE = os.path.join(ROOT, "docs", "methods", "index.md")
 
 
 def table() -> str:
@@ -51,7 +51,9 @@ def table() -> str:
 def main() -> None:
     """Print, explain or write the table."""
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put it between README.md's markers")
+    parser.add_argument(
+        "--write", action="store_true", help="put it between the markers of docs/methods/index.md"
+    )
     parser.add_argument("--why", action="store_true", help="print the refusals")
     args = parser.parse_args()
     if args.why:
@@ -64,9 +66,9 @@ def main() -> None:
     if not args.write:
         print(table())
         return
-    with open(README) as file:
+    with open(PAGE) as file:
         text = file.read()
-    write_atomically(README, between_markers(text, table()))
+    write_atomically(PAGE, between_markers(text, table()))
 
 
 if __name__ == "__main__":

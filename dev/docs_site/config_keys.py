@@ -154,18 +154,20 @@ def keys_page() -> str:
 
 def head_table(name: str) -> str:
     """The keys of ``KD.<name>`` that are not every head's, and where the others are explained."""
-    rows = sections()[f"KD.{name}"]
-    usual = {f"KD.{name}.{key}" for key in HEAD_KEYS}
-    lines = table("", [row for row in rows if row[0] not in usual])[2:] if len(rows) > 6 else []
-    defaults = {key: value for key, value, _ in rows}
-    return "\n".join(
-        [
-            *lines,
-            f"`KD.{name}.WEIGHT` is `{defaults[f'KD.{name}.WEIGHT']}`, `KD.{name}.MASK_PADDING` "
-            f"`{defaults[f'KD.{name}.MASK_PADDING']}`. "
-            "[Keys of every head](../reference/keys.md#keys-of-every-head).",
-        ]
+    node = f"KD.{name}."
+    rows = [(key.removeprefix(node), *rest) for key, *rest in sections()[node[:-1]]]
+    own = [row for row in rows if row[0] not in HEAD_KEYS]
+    default = {key: value for key, value, _ in rows}
+    sentence = (
+        f"`{node}WEIGHT` is `{default['WEIGHT']}` and `{node}MASK_PADDING` is "
+        f"`{default['MASK_PADDING']}`, if a config does not say otherwise. These and the other "
+        "[keys of every head](../reference/keys.md#keys-of-every-head) are explained there."
     )
+    if not own:
+        return sentence
+    lines = [f"Below `KD.{name}`:", "", "| key | default | meaning |", "|---|---|---|"]
+    lines += [f"| `{key}` | `{cell(repr(value))}` | {cell(text)} |" for key, value, text in own]
+    return "\n".join([*lines, "", sentence])
 
 
 def table(group: str, rows: list[tuple[str, object, str]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The table of heads by detectors is what the code says, and the README holds it."""
+"""The table of heads by detectors is what the code says, and the page of methods holds it."""
 
 from pathlib import Path
 
@@ -17,8 +17,8 @@ def tool():
     return load_script("tools/make_support_table.py")
 
 
-def test_the_readme_is_current():
-    text = (ROOT / "README.md").read_text()
+def test_the_page_is_current():
+    text = (ROOT / "docs/methods/index.md").read_text()
     assert between_markers(text, tool().table()) == text, (
         "run: python tools/make_support_table.py --write"
     )
