@@ -111,6 +111,17 @@ class DistillContext:
         """Stride of a student level in input pixels."""
         return self.strides[level]
 
+    def boxes_on_cpu(self) -> list[torch.Tensor]:
+        """Per image its ground-truth boxes (G, 4); the loader's own, without a wait for the device.
+
+        Raises:
+            DataError: the batch has no annotations.
+        """
+        if self.gt is None:
+            raise DataError("KD.HEADS: a head needs boxes, and this batch has no annotations")
+        images = [x["instances"] for x in self.batch] or self.gt
+        return [image.gt_boxes.tensor.cpu() for image in images]
+
     def valid_mask(self, level: str) -> torch.Tensor:
         """(N, 1, H, W) bool: True where a cell starts inside the unpadded image.
 
