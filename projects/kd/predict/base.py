@@ -23,6 +23,7 @@ from torch import nn
 from ..context import DistillContext
 from ..errors import ConfigError
 from ..functional.precision import HALF
+from .outputs import DenseOutputs
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,19 @@ class RegionPair:
         student_logits, target_logits: (R, K + 1).
         student_deltas, target_deltas: (R, 4), of the target's most probable object class, in the
             units in which the detector regresses boxes.
-        foreground: (R,) bool, regions assigned to an object.
+        classes: (R,) int64, the class that ground truth assigns, K = background.
     """
 
     student_logits: torch.Tensor
     target_logits: torch.Tensor
     student_deltas: torch.Tensor
     target_deltas: torch.Tensor
-    foreground: torch.Tensor
+    classes: torch.Tensor
+
+    @property
+    def foreground(self) -> torch.Tensor:
+        """(R,) bool, regions assigned to an object."""
+        return (self.classes >= 0) & (self.classes < self.student_logits.shape[1] - 1)
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,7 @@ class Predictor:
         name: the detectors it is for, in messages.
         two_stage: which published loss weights apply.
         taps: taps of the student that :meth:`student` reads.
+        scores: tap from which :meth:`confidence` is read, of a teacher as well.
         modules: paths of the submodules that :meth:`predict` runs, for assistants that predict by
             modules of their own (:func:`with_modules`).
 
@@ -115,6 +122,7 @@ class Predictor:
     name: str = ""
     two_stage: bool = False
     taps: frozenset[str] = frozenset()
+    scores: str = ""
     modules: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module):
@@ -129,6 +137,11 @@ class Predictor:
     def levels(self) -> tuple[str, ...]:
         """The model's own names of the levels that it predicts from."""
         raise NotImplementedError
+
+    @property
+    def score_levels(self) -> tuple[str, ...]:
+        """Those of :meth:`confidence`."""
+        return self.levels
 
     @property
     def num_classes(self) -> int:
@@ -190,6 +203,20 @@ class Predictor:
                 statistics); gradients flow to ``features`` only.
         """
         raise NotImplementedError
+
+    def confidence(self, outputs: DenseOutputs) -> dict[str, torch.Tensor]:
+        """How sure the detector is of an object at each cell.
+
+        Args:
+            outputs: what the tap ``scores`` gave.
+
+        Returns:
+            Level of ``score_levels`` to (N, 1, H, W) in fp32: the largest sigmoid of the logits of
+            a cell, of all anchors and classes, or the objectness of a proposal network. Centre-ness
+            has no part in it.
+        """
+        maps = zip(self.score_levels, outputs.logits, strict=True)
+        return {level: x.float().amax(1, keepdim=True).sigmoid() for level, x in maps}
 
     def losses(self, predictions: Any, assigned: Any) -> dict[str, torch.Tensor]:
         """The detector's own ground-truth losses; its running normalisers are read, not moved."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,7 @@ class RCNNPredictor(Predictor):
     name = "GeneralizedRCNN with StandardROIHeads"
     two_stage = True
     taps = frozenset({"rpn", "box", "sampled_proposals"})
+    scores = "rpn"
     modules = ("proposal_generator.rpn_head", "roi_heads.box_head", "roi_heads.box_predictor")
 
     @classmethod
@@ -85,6 +87,11 @@ class RCNNPredictor(Predictor):
         """Those of the proposal network and of the box head."""
         names = (*self.model.proposal_generator.in_features, *self.model.roi_heads.box_in_features)
         return tuple(dict.fromkeys(names))
+
+    @property
+    def score_levels(self):
+        """MODEL.RPN.IN_FEATURES."""
+        return tuple(self.model.proposal_generator.in_features)
 
     @property
     def num_classes(self):
@@ -153,19 +160,37 @@ class RCNNPredictor(Predictor):
 
     def predict(self, features, assigned, *, scale=1.0, constant=True):
         """Proposal network on its levels, box heads on the student's regions."""
-        rpn, roi_heads = self.model.proposal_generator, self.model.roi_heads
+        rpn = self.model.proposal_generator
         maps = [features[level] for level in rpn.in_features]
         outputs = call_constant(rpn.rpn_head, maps, constant=constant)
         proposals = named("logits", "boxes")(outputs).float()
-        maps = [features[level] for level in roi_heads.box_in_features]
-        stages = []
-        for regions, (head, predictor) in zip(assigned.regions, self.box_heads, strict=True):
-            boxes = [Boxes(x.proposal_boxes.tensor * scale) for x in regions]
-            pooled = self.pool(maps, boxes)
-            for module in (head, predictor):
-                pooled = call_constant(module, pooled, constant=constant)
-            stages.append(tuple(x.float() for x in pooled))
+        stages = self.predict_regions(features, assigned.regions, scale=scale, constant=constant)
         return RegionPredictions(proposals, stages)
+
+    def predict_regions(
+        self,
+        features: Mapping[str, torch.Tensor],
+        stages: Sequence[list[Instances]],
+        *,
+        scale: float = 1.0,
+        constant: bool = True,
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The box heads' logits and deltas, in fp32, as in :meth:`predict`.
+
+        Args:
+            features: level under the model's own name to (N, C, H, W).
+            stages: regions of each stage, from the first; box heads of further stages do not run.
+            scale, constant: as in :meth:`predict`.
+        """
+        maps = [features[level] for level in self.model.roi_heads.box_in_features]
+        outputs = []
+        for regions, modules in zip(stages, self.box_heads[: len(stages)], strict=True):
+            boxes = [Boxes(x.proposal_boxes.tensor * scale) for x in regions]
+            values = self.pool(maps, boxes)
+            for module in modules:
+                values = call_constant(module, values, constant=constant)
+            outputs.append(tuple(x.float() for x in values))
+        return outputs
 
     def pool(self, maps: list[torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
         """What a box head reads of the regions, (R, C, h, w)."""
@@ -210,7 +235,6 @@ class RCNNPredictor(Predictor):
     def _region_pair(self, transform, student, target, regions, jitter) -> RegionPair:
         (logits, deltas), (target_logits, target_deltas) = student, target
         boxes = torch.cat([x.proposal_boxes.tensor for x in regions])
-        classes = torch.cat([x.gt_classes for x in regions])
         best = target_logits[:, :-1].detach().argmax(1)
         ours, theirs = _of_class(deltas, best), _of_class(target_deltas.detach(), best)
         if jitter:
@@ -221,7 +245,7 @@ class RCNNPredictor(Predictor):
             target_logits=target_logits,
             student_deltas=ours,
             target_deltas=theirs,
-            foreground=(classes >= 0) & (classes < self.num_classes),
+            classes=torch.cat([x.gt_classes for x in regions]),
         )
 
     def infer(self, features, image_sizes):

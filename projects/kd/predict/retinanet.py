@@ -36,6 +36,7 @@ class RetinaNetPredictor(Predictor):
 
     name = "RetinaNet"
     taps = frozenset({"dense"})
+    scores = "dense"
     modules = ("head",)
     outputs = ("logits", "boxes")  # of the head, in order
 
