@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from detectron2.utils.events import EventStorage
 from kd_detr import LEVEL, decoded, detr_targets, info, toy_detr
+from kd_regions import REGION_CLASSES, regions_of, toy_rcnn
 from kd_testing import (
     CHANNELS,
     DENSE_CHANNELS,
@@ -44,6 +45,7 @@ class Case:
 
     ``detectors``: channels to the detector of a side, for heads that predict with it.
     ``decoder``: the student is a transformer on one of the levels.
+    ``regions``: the student classifies regions as well.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Case:
     whole_batch: bool = False
     detectors: Callable = lambda channels: None  # of both sides; None = that of toy_info
     decoder: bool = False
+    regions: bool = False
 
     def __str__(self):
         kind = "a decoder" if self.decoder else self.node.get("TARGET", "features")
@@ -74,9 +77,16 @@ CASES = {
         Case("FGFI", {"WEIGHT": 1.0}, boxes=(4, 0), whole_batch=True),
         Case("FGFI", {"WEIGHT": 1.0}, boxes=(0, 0), whole_batch=True),
         Case("SDF", {"EMBED_DIM": 8}),
+        # one draw for all of a rank's images: no joined batch draws alike
+        Case("MGD", {"WEIGHT": 1e-2, "AREA_REF": 0.0}),
+        Case("FGD", {"ALPHA": 1.0, "BETA": 1.0, "GAMMA": 1.0, "AREA_REF": 0.0}, boxes=(4, 0)),
+        Case("ReviewKD"),
+        Case("ScoreL2", detectors=toy_retinanet),
+        Case("DKD", detectors=toy_rcnn, regions=True),
         # as many objects on both ranks: the normaliser of the detection loss is that of each
         Case("D3ETR", boxes=(3, 6), decoder=True),
         Case("D3ETR", {"ADAPTIVE": False}, boxes=(0, 0), decoder=True),
+        Case("D3ETR", {"ADAPTIVE": False, "RANDOM": 5}, boxes=(0, 1), decoder=True),
         Case("ICD", {"PRIORS": "uniform", "DIM": 16, "HEADS": 4, "FFN_DIM": 32, "DETACH_ITERS": 0}),
         Case("OutputKD", {"WEIGHT": 10.0}, detectors=toy_retinanet),
         Case("CSA", {"WEIGHT": 10.0, "DIM": 16, "HEADS": 4}, detectors=toy_retinanet),
@@ -101,6 +111,7 @@ class Step(nn.Module):
             toy_info(channels, model=model)
             for channels, model in zip((CHANNELS, TEACHER_CHANNELS), self.detectors, strict=True)
         ]
+        self.classifier = nn.Linear(4 * CHANNELS, REGION_CLASSES + 1) if case.regions else None
         self.detector = None
         if case.decoder:
             self.detector = toy_detr(CHANNELS)
@@ -121,9 +132,20 @@ class Step(nn.Module):
         task = sum(x.square().sum() for x in outputs) / TASK_NORMALISER
         if self.detector is not None:
             task = task + self.decode(features, ctx)
+        if self.classifier is not None:
+            task = task + self.classify(features, ctx)
         torch.manual_seed(1)  # a head that draws does so alike wherever the batch is run
         with EventStorage():
             return task, sum(self.head(ctx).values())
+
+    def classify(self, features, ctx):
+        """Fill the context with the student's regions and their logits; a task loss as above."""
+        regions = regions_of(ctx.image_sizes, seed=len(ctx.image_sizes))
+        pooler = self.detectors[0].roi_heads.box_pooler
+        pooled = pooler(list(features.values()), [x.proposal_boxes for x in regions])
+        logits = self.classifier(pooled.flatten(1))
+        ctx.student_outputs.update(sampled_proposals=regions, box=(logits, logits))
+        return logits.square().sum() / TASK_NORMALISER
 
     def decode(self, features, ctx):
         """Fill the context with both decoders' outputs; a task loss of fixed normaliser."""

@@ -6,63 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from detectron2.config import CfgNode
 from torch import nn
 
-from ..config import head_node, register_config
-from ..context import DistillContext, ModelInfo
-from ..errors import ConfigError, require_one_of
-from ..functional.d3etr import (
-    CLASS_COSTS,
-    QUERY_WEIGHTS,
-    attention_loss,
-    layer_map,
-    matching_cost,
-    prediction_loss,
-    top_queries,
-)
+from ..context import DistillContext
+from ..functional.d3etr import attention_loss, layer_map, matching_cost, top_queries
+from ..functional.kd_detr import random_queries
 from ..functional.set_prediction import assign
 from ..modeling.conditional_detr import Decoded
 from ..modeling.conditional_detr_transformer import Attention
 from ..modeling.set_criterion import Targets, to_matches
 from .base import IMITATION_HEAD_REGISTRY, ImitationHead
-
-ASSIGN_LAYERS = ("last", "all")
-
-
-@register_config
-def add_d3etr_config(cfg) -> None:
-    """Add KD.D3ETR."""
-    # MASK_PADDING and LEVELS stay as they are: the decoder reads one level and masks its padding
-    cfg.KD.D3ETR = node = head_node(weight=1.0, mask_padding=True)
-    # Adaptive matching: in every layer the student's queries are paired with the teacher's.
-    node.ADAPTIVE = True
-    # Fixed matching: the teacher's queries are a second group in the student's decoder (training
-    # only); output j belongs to the teacher's output j.
-    node.FIXED = True
-    node.MATCH = match = CfgNode()
-    # Class term of the cost: "soft_bce" or "focal_hard" (with CLASS_WEIGHT 2, as the detector's).
-    match.CLASS_COST = "soft_bce"
-    match.CLASS_WEIGHT = 1.0
-    match.L1_WEIGHT = 5.0
-    match.GIOU_WEIGHT = 2.0
-    # Adaptive matching takes the teacher's queries with the highest scores only; 0 = all.
-    match.TOPK = 100
-    node.LOSS = loss = CfgNode()
-    # Factors of the three terms; a term with factor 0 is not computed.
-    loss.PRED = 1.0
-    loss.SELF = 1.0
-    loss.CROSS = 1.0
-    # Parts of the prediction term.
-    loss.CLASS = 1.0
-    loss.L1 = 5.0
-    loss.GIOU = 2.0
-    # Weight of a pair in the prediction term: "teacher_max_prob" or "uniform".
-    node.QUERY_WEIGHT = "teacher_max_prob"
-    # Detection loss of the second group: its factor, and the decoder layers in which the teacher
-    # says which query finds which object ("last" or "all"); others match by themselves.
-    node.AUX_DET_WEIGHT = 1.0
-    node.AUX_ASSIGN_LAYERS = "last"
+from .d3etr_keys import PRED_FORMS, check_node
 
 
 @dataclass(frozen=True)
@@ -89,15 +43,20 @@ class D3ETR(ImitationHead):
     :func:`~projects.kd.functional.d3etr.prediction_loss` and
     :func:`~projects.kd.functional.d3etr.attention_loss`; ``loss_kd_d3etr_aux`` is the detection
     loss of the second group over all layers. Groups: the student's own queries, paired adaptively
-    in every layer; and the teacher's queries, frozen, decoded by the student from the same memory.
-    Structure by the paper; the costs, forms and weights are ours where
-    :mod:`projects.kd.functional.d3etr` says so.
+    in every layer; the teacher's queries, frozen, decoded by the student from the same memory; and,
+    if asked for, random queries that both sides decode, with the prediction term only (KD-DETR,
+    Wang et al., CVPR 2024; the law of a query is ours). Structure by the papers; the costs, forms
+    and weights are ours where :mod:`projects.kd.functional.d3etr` says so.
 
     Nothing of it remains in the student: the second group exists in this head only.
 
     Args:
         adapter_queries: teacher's query width to the student's; None where they agree.
-        adaptive, fixed: which groups are distilled; at least one.
+        adaptive, fixed: which groups are distilled.
+        random: number of random queries; 0 = no such group. At least one group is needed.
+        random_law: of :func:`~projects.kd.functional.kd_detr.random_queries`.
+        last_layer: every layer of the student is compared with the teacher's last one.
+        pred_form: "d3etr" or "kd_detr", the function of the prediction term.
         match: ``class_cost``, ``class_weight``, ``l1_weight`` and ``giou_weight`` of the cost.
         top_k: teacher queries that take part in adaptive matching; 0 = all.
         terms: factors of "pred", "self" and "cross".
@@ -116,6 +75,10 @@ class D3ETR(ImitationHead):
         adapter_queries: nn.Module | None = None,
         adaptive: bool = True,
         fixed: bool = True,
+        random: int = 0,
+        random_law: str = "teacher",
+        last_layer: bool = False,
+        pred_form: str = "d3etr",
         match: dict,
         top_k: int = 100,
         terms: dict[str, float],
@@ -125,9 +88,13 @@ class D3ETR(ImitationHead):
         **base,
     ):
         super().__init__(**base)
-        self.adapter_queries = adapter_queries if fixed else None
+        self.adapter_queries = adapter_queries if fixed or random else None
         self.adaptive = adaptive
         self.fixed = fixed
+        self.random = random
+        self.random_law = random_law
+        self.last_layer = last_layer
+        self.prediction_loss = PRED_FORMS[pred_form]
         self.match = match
         self.top_k = top_k
         self.terms = {name: factor for name, factor in terms.items() if factor > 0}
@@ -140,7 +107,7 @@ class D3ETR(ImitationHead):
     def from_config(cls, cfg, student, teacher):
         """Read KD.D3ETR."""
         node = cfg.KD.D3ETR
-        _check_node(cfg, student, teacher)
+        check_node(cfg, student, teacher)
         kwargs = super().from_config(cfg, student, teacher)
         widths = [info.model.query_embed.embedding_dim for info in (teacher, student)]
         same = widths[0] == widths[1]
@@ -148,6 +115,10 @@ class D3ETR(ImitationHead):
             adapter_queries=None if same else nn.Linear(*widths, bias=False),
             adaptive=node.ADAPTIVE,
             fixed=node.FIXED,
+            random=node.RANDOM,
+            random_law=node.RANDOM_LAW,
+            last_layer=node.LAYERS == "last",
+            pred_form=node.PRED_FORM,
             match={
                 "class_cost": node.MATCH.CLASS_COST,
                 "class_weight": node.MATCH.CLASS_WEIGHT,
@@ -171,29 +142,53 @@ class D3ETR(ImitationHead):
         """``loss_kd_d3etr_pred``, ``_self``, ``_cross`` and ``_aux``, those with a factor."""
         student: Decoded = ctx.student_outputs["decoded"]
         teacher: Decoded = ctx.teacher_outputs["decoded"]
-        layers = layer_map(len(student.logits), len(teacher.logits))
+        layers = self.layers_of(student, teacher)
         second = self.second_group(ctx, student) if self.fixed else None
         pairs, detection = self._match(ctx, student, teacher, second, layers)
         groups = [(student, pairs)] if self.adaptive else []
         groups += [(second, Pairs())] if self.fixed else []
         each = [self.imitate(group, teacher, layers, own) for group, own in groups]
+        if self.random:
+            each.append(self.random_group(ctx, student, teacher, layers))
+        # random queries alone have no term of attention
+        terms = {name: [own[name] for own in each if name in own] for name in self.terms}
         result = {
-            f"loss_kd_d3etr_{name}": self.weight * factor * sum(terms[name] for terms in each)
-            for name, factor in self.terms.items()
+            f"loss_kd_d3etr_{name}": self.weight * self.terms[name] * sum(values)
+            for name, values in terms.items()
+            if values
         }
         if detection is not None:
             result["loss_kd_d3etr_aux"] = self.weight * self.aux_weight * detection
         return result
 
+    def layers_of(self, student: Decoded, teacher: Decoded) -> list[int]:
+        """The teacher's layer for each layer of the student."""
+        if self.last_layer:
+            return [len(teacher.logits) - 1] * len(student.logits)
+        return layer_map(len(student.logits), len(teacher.logits))
+
     def second_group(self, ctx: DistillContext, student: Decoded) -> Decoded:
         """The student's decoder on the teacher's frozen queries, in the precision of the step."""
         queries = ctx.teacher.model.query_embed.weight.detach()
-        with torch.autocast(
-            queries.device.type, dtype=student.autocast, enabled=student.autocast is not None
-        ):
+        return self._decoded(ctx, student, queries, keep_attention=True)
+
+    def _decoded(self, ctx, student: Decoded, queries, keep_attention: bool) -> Decoded:
+        """The student's decoder on queries (Q, D) of the teacher's width."""
+        with _precision_of(student):
             if self.adapter_queries is not None:
                 queries = self.adapter_queries(queries)
-            return ctx.student.decode(student.memory, queries, keep_attention=True)
+            return ctx.student.decode(student.memory, queries, keep_attention)
+
+    def random_group(
+        self, ctx: DistillContext, student: Decoded, teacher: Decoded, layers: list[int]
+    ) -> dict[str, torch.Tensor]:
+        """The term "pred" of random queries, the same for all images and other in each process."""
+        own = ctx.teacher.model.query_embed.weight.detach()
+        queries = random_queries(own, self.random, self.random_law)
+        with torch.no_grad(), _precision_of(teacher):
+            other = ctx.teacher.model.decode(teacher.memory, queries)
+        group = self._decoded(ctx, student, queries, keep_attention=False)
+        return {"pred": self._prediction(group, other, layers, Pairs())}
 
     # -- matching ----------------------------------------------------------------------------------
 
@@ -224,7 +219,7 @@ class D3ETR(ImitationHead):
 
     def adaptive_pairs(self, student: Decoded, teacher: Decoded) -> Pairs:
         """Which queries belong together in each layer, by the cost of pairing them."""
-        layers = layer_map(len(student.logits), len(teacher.logits))
+        layers = self.layers_of(student, teacher)
         costs, chosen = self._adaptive_costs(student, teacher, layers)
         return self._adaptive_pairs(assign(costs, "KD.D3ETR"), chosen)
 
@@ -261,13 +256,7 @@ class D3ETR(ImitationHead):
         """
         terms = {}
         if "pred" in self.terms:
-            terms["pred"] = prediction_loss(
-                _take(group.logits, pairs.student),
-                _take(group.boxes, pairs.student),
-                _take(teacher.logits[layers], pairs.teacher),
-                _take(teacher.boxes[layers], pairs.teacher),
-                **self.parts,
-            ).sum()
+            terms["pred"] = self._prediction(group, teacher, layers, pairs)
         if "self" in self.terms:
             # small maps: all layers at once, as if they were images
             theirs = [teacher.self_attention[k] for k in layers]
@@ -280,6 +269,15 @@ class D3ETR(ImitationHead):
                 for k, other in enumerate(layers)
             )
         return terms
+
+    def _prediction(self, group, teacher, layers, pairs: Pairs) -> torch.Tensor:
+        return self.prediction_loss(
+            _take(group.logits, pairs.student),
+            _take(group.boxes, pairs.student),
+            _take(teacher.logits[layers], pairs.teacher),
+            _take(teacher.boxes[layers], pairs.teacher),
+            **self.parts,
+        ).sum()
 
     def _cross(self, group, k: int, teacher, other: int, own_rows, their_rows):
         """Cross-attention of layer ``k`` against the teacher's layer ``other``."""
@@ -294,6 +292,12 @@ class D3ETR(ImitationHead):
             group.memory.grid,
             teacher.memory.grid,
         )
+
+
+def _precision_of(decoded: Decoded):
+    """Autocast as a decoder's outputs were computed."""
+    kind, dtype = decoded.logits.device.type, decoded.autocast
+    return torch.autocast(kind, dtype=dtype, enabled=dtype is not None)
 
 
 def _take(values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
@@ -311,35 +315,3 @@ def _stacked(layers: Sequence[Attention], index: torch.Tensor | None):
     rows = None if index is None else index.flatten(0, 1)
     query, key = (torch.cat([getattr(x, name) for x in layers]) for name in ("query", "key"))
     return _of_heads(query, rows), _of_heads(key, rows)
-
-
-def _check_node(cfg, student: ModelInfo, teacher: ModelInfo) -> None:
-    node = cfg.KD.D3ETR
-    if not (node.ADAPTIVE or node.FIXED):
-        raise ConfigError("KD.D3ETR: ADAPTIVE and FIXED are both False, nothing would be distilled")
-    for key, value, allowed in (
-        ("MATCH.CLASS_COST", node.MATCH.CLASS_COST, CLASS_COSTS),
-        ("QUERY_WEIGHT", node.QUERY_WEIGHT, QUERY_WEIGHTS),
-        ("AUX_ASSIGN_LAYERS", node.AUX_ASSIGN_LAYERS, ASSIGN_LAYERS),
-    ):
-        require_one_of(f"KD.D3ETR.{key}", value, allowed)
-    factors = {f"LOSS.{key}": value for key, value in node.LOSS.items()}
-    factors |= {f"MATCH.{key}": node.MATCH[key] for key in node.MATCH if key != "CLASS_COST"}
-    factors["AUX_DET_WEIGHT"] = node.AUX_DET_WEIGHT
-    for key, value in factors.items():
-        if value < 0:
-            raise ConfigError(f"KD.D3ETR.{key} is {value}, it must not be negative")
-    if not any((node.LOSS.PRED, node.LOSS.SELF, node.LOSS.CROSS)):
-        raise ConfigError("KD.D3ETR.LOSS: PRED, SELF and CROSS are all 0")
-    if node.LEVELS or not node.MASK_PADDING:
-        key = "LEVELS" if node.LEVELS else "MASK_PADDING"
-        raise ConfigError(
-            f"KD.D3ETR.{key}: D3ETR reads the decoder, which sees one level and always masks its "
-            "padding; leave the key as it is"
-        )
-    ours, theirs = student.model.num_classes, teacher.model.num_classes
-    if ours != theirs:
-        raise ConfigError(
-            f"KD.TEACHER.CONFIG_FILE: D3ETR compares class by class, the teacher has {theirs} "
-            f"classes and the student {ours}"
-        )
