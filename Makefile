@@ -25,7 +25,7 @@ help:
 	@echo "PYTHON=python3.12 selects the interpreter (3.10 to 3.12)."
 
 setup:
-	@$(PYTHON) tools/setup_env.py $(SETUP_FLAGS)
+	@$(PYTHON) dev/setup_env.py $(SETUP_FLAGS)
 
 demo: setup
 	$(VENV_PYTHON) $(DEMO)

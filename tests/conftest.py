@@ -11,7 +11,7 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _heard_by_caplog():
     """A run in the same process turns propagation of these logs off, as detectron2 does, and
-    tools/benchmark.py disables warnings.
+    kd-benchmark disables warnings.
     """
     logging.disable(logging.NOTSET)
     for name in ("projects", "detectron2", "fvcore"):

@@ -218,7 +218,7 @@ def test_unknown_family_and_unknown_head_get_their_defaults(tmp_path, monkeypatc
         said = capsys.readouterr().out
         assert "own defaults" in said
         assert "other student (DetectorOfNoFamily)" in said
-        assert "tools/calibrate.py" in said
+        assert "kd-calibrate suggests" in said
 
         found = recipe(method="headofnorecipe")
         assert found.KD.HEADS == ("HeadOfNoRecipe",)

@@ -165,7 +165,7 @@ def _fill(cfg, method: str, student: nn.Module, teacher: nn.Module, levels: list
     if recipe is None:
         return (
             f"{method} with the head's own defaults, as no values are published for it and a "
-            f"{kind} (tools/calibrate.py suggests a weight)"
+            f"{kind} (kd-calibrate suggests a weight)"
         )
     node = cfg.KD[method.upper()]
     node.WEIGHT = recipe.weight

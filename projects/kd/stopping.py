@@ -208,10 +208,13 @@ def command_to_resume() -> str:
     if "--resume" not in arguments:
         arguments.insert(0, "--resume")
     installed = not script.endswith(".py")  # kd-train
+    program = [os.path.basename(script)] if installed else [script]
+    if os.path.basename(script) == "train.py":  # the module behind it
+        program = ["-m", "projects.kd.commands.train"]
     start = [] if installed else ["python"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
         if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
             start += ["--nnodes", os.environ["GROUP_WORLD_SIZE"]]
         start += ["--no-python"] if installed else []
-    return shlex.join([*start, os.path.basename(script) if installed else script, *arguments])
+    return shlex.join([*start, *program, *arguments])

@@ -11,9 +11,9 @@ import torch
 import toy_data
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import convert_to_coco_json
-from kd_scripts import load_script
 
 from projects.kd.analysis.assistant import AssistantDetector, build_assistant, judge
+from projects.kd.commands.evaluate import PARTS
 from projects.kd.errors import ConfigError
 
 NAME = "noise_assistant"
@@ -82,8 +82,7 @@ def run(tmp_path_factory):
 
 
 def evaluate(config, *words):
-    tool = load_script("tools/evaluate_teacher.py")
-    return tool.main(tool.parse_arguments(["--assistant", "--config-file", config, *words]))
+    return PARTS.call(["assistant", "--config-file", config, *words])
 
 
 def test_the_tool_compares_assistant_and_student(run):

@@ -1,4 +1,4 @@
-"""tools/compare.py and its suites: which runs, what is kept and written; trainings are faked."""
+"""kd-compare and its suites: which runs, what is kept and written; trainings are faked."""
 
 from __future__ import annotations
 

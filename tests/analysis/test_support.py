@@ -4,23 +4,19 @@ from pathlib import Path
 
 import pytest
 from kd_detectors import detector_cfg
-from kd_scripts import load_script
 from segmentation import segmentor_cfg
 
+from dev import make_support_table
 from projects.kd.analysis.support import BEGIN, END, between_markers, feature_heads, verdicts
 from projects.kd.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def tool():
-    return load_script("tools/make_support_table.py")
-
-
 def test_the_page_is_current():
     text = (ROOT / "docs/methods/index.md").read_text()
-    assert between_markers(text, tool().table()) == text, (
-        "run: python tools/make_support_table.py --write"
+    assert between_markers(text, make_support_table.table()) == text, (
+        "run: python -m dev.make_support_table --write"
     )
 
 

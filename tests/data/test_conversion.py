@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import numpy as np
 import pytest
-from kd_scripts import load_script
 from PIL import Image
 
+from projects.kd.commands.convert import PARTS
 from projects.kd.data import conversion
 from projects.kd.data.check import load_checked
 from projects.kd.errors import ConfigError, DataError
@@ -95,34 +94,32 @@ def test_yolos_centres_are_parts_of_the_image(yolo):
     assert [x["category_id"] for x in tables["annotations"]] == [2, 1, 1]
 
 
-def convert(monkeypatch, *flags):
-    script = load_script("datasets/convert_to_coco.py")
-    monkeypatch.setattr(sys, "argv", ["convert_to_coco.py", *map(str, flags)])
-    script.main(script.parse_arguments())
+def convert(*flags):
+    PARTS.call(flags)
 
 
-def test_the_written_file_is_what_training_reads(voc, monkeypatch, capsys):
+def test_the_written_file_is_what_training_reads(voc, capsys):
     output = voc / "out" / "train.json"
     flags = ["voc", "--annotations", voc / "xml", "--images", voc / "photos", "--output", output]
-    convert(monkeypatch, *flags)
+    convert(*flags)
     printed = capsys.readouterr().out
     assert "2 images (0 without objects), 2 objects, 1 difficult" in printed and "1 dog" in printed
     first, second = load_checked(str(output), str(voc / "photos"), "converted_voc")
     found = [(x["bbox"], x["category_id"], x["iscrowd"]) for x in first["annotations"]]
     assert found == [([0, 0, 40, 30], 1, 0), ([4, 6, 1, 3], 0, 1)]  # cat, dog: sorted
     assert second["file_name"] == str(voc / "photos" / "sub/b.png")
-    convert(monkeypatch, *flags, "--classes", "dog", "cat")
+    convert(*flags, "--classes", "dog", "cat")
     names = [c["name"] for c in json.loads(output.read_text())["categories"]]
     assert names == ["dog", "cat"]
-    convert(monkeypatch, *flags[:-1], voc / "val.json", "--classes-of", output)
+    convert(*flags[:-1], voc / "val.json", "--classes-of", output)
     assert json.loads((voc / "val.json").read_text())["categories"][0]["name"] == "dog"
     before = output.read_text()
     with pytest.raises(DataError, match="a.JPG: class 'cat' is none of dog"):
-        convert(monkeypatch, *flags, "--classes", "dog")
+        convert(*flags, "--classes", "dog")
     assert output.read_text() == before
 
 
-def test_a_share_is_kept_for_evaluation(tmp_path, monkeypatch):
+def test_a_share_is_kept_for_evaluation(tmp_path):
     for i in range(60):
         make_image(tmp_path / "images" / f"{i}.png", 8, 8)
     (tmp_path / "labels").mkdir()
@@ -135,15 +132,15 @@ def test_a_share_is_kept_for_evaluation(tmp_path, monkeypatch):
     def names(path):
         return {image["file_name"] for image in json.loads(path.read_text())["images"]}
 
-    convert(monkeypatch, *flags, "--val-share", 0.3)
+    convert(*flags, "--val-share", 0.3)
     first = names(val)
     assert 8 <= len(first) <= 28 and len(names(train) | first) == 60 and not names(train) & first
     assert len(json.loads(val.read_text())["categories"]) == 2
     make_image(tmp_path / "images" / "new.png", 8, 8)
-    convert(monkeypatch, *flags, "--val-share", 0.3)
+    convert(*flags, "--val-share", 0.3)
     assert first <= names(val) <= first | {"new.png"}  # the others stay where they were
     with pytest.raises(ConfigError, match="--val-share is 0, it must lie between 0 and 1"):
-        convert(monkeypatch, *flags, "--val-share", 0)
+        convert(*flags, "--val-share", 0)
 
 
 @pytest.mark.parametrize(

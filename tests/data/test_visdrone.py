@@ -9,21 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from kd_scripts import load_script
 from PIL import Image
 
 from projects.kd import check_config
+from projects.kd.commands.convert import visdrone as tool
 from projects.kd.config import add_kd_config, get_cfg
 from projects.kd.data import visdrone
 from projects.kd.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOL = ROOT / "datasets" / "prepare_visdrone.py"
-
-
-@pytest.fixture(scope="module")
-def tool():
-    return load_script("datasets/prepare_visdrone.py")
+TOOL = ROOT / "tools" / "convert.py"
 
 
 def add_image(split, stem, text, size=(60, 40), seed=0):
@@ -52,12 +47,12 @@ def root(tmp_path):
     return tmp_path
 
 
-def run(tool, root, *words):
+def run(root, *words):
     tool.main(tool.parse_arguments(["--root", str(root), "--jobs", "1", *words]))
 
 
-def test_conversion(tool, root, capsys):
-    run(tool, root, "--crops")
+def test_conversion(root, capsys):
+    run(root, "--crops")
     text = capsys.readouterr().out
     content = json.loads((root / "annotations" / "visdrone_train.json").read_text())
     assert [image["file_name"] for image in content["images"]] == ["a.jpg", "b.jpg", "c.jpg"]
@@ -97,24 +92,24 @@ def test_conversion(tool, root, capsys):
         assert np.abs(crop - whole[rows, columns]).mean() < 0.5 * other
 
 
-def test_a_second_run_changes_nothing_and_new_sources_count(tool, root, capsys):
-    run(tool, root, "--crops")
+def test_a_second_run_changes_nothing_and_new_sources_count(root, capsys):
+    run(root, "--crops")
     files = [p for p in sorted(root.rglob("*")) if p.is_file()]
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
-    run(tool, root, "--crops")
+    run(root, "--crops")
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in files} == before
     assert capsys.readouterr().out.count("up to date") == 2
-    run(tool, root, "--crops", "--force")
+    run(root, "--crops", "--force")
     assert {p: p.read_bytes() for p in files} == {p: content for p, (_, content) in before.items()}
     add_image(root / "VisDrone2019-DET-train", "d", "1,1,5,5,1,1,0,0\n")
-    run(tool, root, "--crops")
+    run(root, "--crops")
     crops = json.loads((root / "annotations" / "visdrone_train_crops.json").read_text())
     assert len(crops["images"]) == 16
     assert sorted(root.rglob("*tmp*")) == sorted(root.rglob("*unfinished*")) == []
 
 
-def test_several_processes_write_the_same_bytes(tool, root):
-    run(tool, root)
+def test_several_processes_write_the_same_bytes(root):
+    run(root)
     path = root / "annotations" / "visdrone_train.json"
     first = path.read_bytes()
     tool.main(tool.parse_arguments(["--root", str(root), "--jobs", "2", "--force"]))
@@ -122,36 +117,36 @@ def test_several_processes_write_the_same_bytes(tool, root):
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
-def test_an_unreadable_image_leaves_nothing_behind(tool, root, jobs):
+def test_an_unreadable_image_leaves_nothing_behind(root, jobs):
     (root / "VisDrone2019-DET-train" / "images" / "c.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"c\.jpg: image cannot be read"):
         tool.main(tool.parse_arguments(["--root", str(root), "--jobs", jobs, "--crops"]))
     assert not (root / "annotations").exists() and not (root / "train_crops").exists()
 
 
-def test_a_truncated_image_leaves_no_crops(tool, root):
-    run(tool, root, "--crops")
+def test_a_truncated_image_leaves_no_crops(root):
+    run(root, "--crops")
     path = root / "VisDrone2019-DET-train" / "images" / "c.jpg"
     path.write_bytes(path.read_bytes()[:900])
     before = (root / "annotations" / "visdrone_train_crops.json").read_bytes()
     with pytest.raises(DataError, match=r"c\.jpg: image cannot be read: image file is truncated"):
-        run(tool, root, "--crops")
+        run(root, "--crops")
     assert (root / "annotations" / "visdrone_train_crops.json").read_bytes() == before
     assert len(list((root / "train_crops").iterdir())) == 12
 
 
-def test_user_errors(tool, tmp_path, root):
+def test_user_errors(tmp_path, root):
     with pytest.raises(ConfigError, match="--root: .* holds none of VisDrone2019-DET-train"):
-        run(tool, tmp_path / "elsewhere")
+        run(tmp_path / "elsewhere")
     with pytest.raises(DataError, match="VisDrone2019-DET-val/images: no such folder"):
-        run(tool, root, "--splits", "val")
+        run(root, "--splits", "val")
     with pytest.raises(ConfigError, match="--crops: it is made of the train split"):
-        run(tool, root, "--splits", "val", "--crops")
+        run(root, "--splits", "val", "--crops")
     for path in (root / "VisDrone2019-DET-train" / "annotations").iterdir():
         path.unlink()
     with pytest.raises(DataError, match="no image has an annotation file of its name"):
-        run(tool, root)
-    command = [sys.executable, str(TOOL), "--root", str(tmp_path / "elsewhere")]
+        run(root)
+    command = [sys.executable, str(TOOL), "visdrone", "--root", str(tmp_path / "elsewhere")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: --root")
 
@@ -175,7 +170,7 @@ def test_the_splits_are_registered():
         assert len(metadata.thing_classes) == 10 and metadata.thing_classes[3] == "car"
 
 
-def test_registered_data_follow_the_environment_and_load(tool, root, monkeypatch):
+def test_registered_data_follow_the_environment_and_load(root, monkeypatch):
     (root / "data").mkdir()
     root.rename(root.parent / "moved")
     (root.parent / "all").mkdir()
@@ -205,5 +200,5 @@ def test_missing_files_name_the_script():
     cfg.MODEL.RETINANET.NUM_CLASSES = 10
     cfg.DATASETS.TEST = ("visdrone_test_missing",)
     visdrone.register_visdrone_data("visdrone_test_missing", "/nowhere/a.json", "/nowhere")
-    with pytest.raises(ConfigError, match="make it with datasets/prepare_visdrone.py, or set"):
+    with pytest.raises(ConfigError, match="make it with kd-convert visdrone, or set"):
         check_config(cfg, training=False)

@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-from kd_scripts import load_script
 from visdrone_oracle import coco_numbers, image, loop_evaluation, random_images
 
 from projects.kd.errors import DataError
@@ -105,7 +104,8 @@ def test_images_without_objects_or_detections(distinct):
 
 
 def test_a_result_file_with_a_category_that_does_not_exist_is_refused(tmp_path):
-    read_results = load_script("tools/evaluate_visdrone.py").read_results
+    from projects.kd.commands.evaluate.visdrone import read_results
+
     path = tmp_path / "a.txt"
     path.write_text("1,2,3,4,0.9,4,-1,-1\n1,2,3,4,0.5,11,-1,-1\n")
     assert read_results(str(path))[:, 5].tolist() == [4, 11]

@@ -38,7 +38,7 @@ def test_from_the_archive_to_the_result_files(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 
-    text = run("datasets/prepare_visdrone.py", "--crops", "--jobs", 1)
+    text = run("tools/convert.py", "visdrone", "--crops", "--jobs", 1)
     assert "82 boxes" in text and "5 ignored regions" in text and "1 others" in text
     content = json.loads((root / "annotations" / "visdrone_val.json").read_text())
     lines = next((SAMPLE / "annotations").iterdir()).read_text().split()
@@ -73,17 +73,19 @@ def test_from_the_archive_to_the_result_files(tmp_path):
     data = root / "VisDrone2019-DET-val"
     for folder, wanted in ((perfect, 100), (files[0].parent, None)):
         path = tmp_path / "metrics.json"
-        run("tools/evaluate_visdrone.py", "--data", data, "--results", folder, "--json", path)
+        words = ["--data", data, "--results", folder, "--output", path]
+        run("tools/evaluate.py", "visdrone", *words)
         result = json.loads(path.read_text())["toolkit"]
         assert wanted is None or result["AP"] == pytest.approx(wanted)
         assert math.isnan(result["AP-bus"]) and np.isfinite(result["AP"])
 
-    sizes = run("tools/visualize_sizes.py", "--dataset", "visdrone_val", "--output", out / "s.png")
+    words = ["--dataset", "visdrone_val", "--output", out / "s.png"]
+    sizes = run("tools/visualize.py", "sizes", *words)
     assert sizes.startswith("small 70.7 %, medium 29.3 %")
     results = out / "inference" / "coco_instances_results.json"
     words = ["--dataset", "visdrone_val", "--results", results, "--output", out / "f.png"]
-    counts = run("tools/visualize_sizes.py", *words).split()
+    counts = run("tools/visualize.py", "sizes", *words).split()
     assert int(counts[1]) + int(counts[3]) == 58  # found and missed small objects
     words = ["--dataset", "visdrone_train_crops", "--output", out / "g.png"]
-    run("tools/visualize_data.py", *words)
+    run("tools/visualize.py", "data", *words)
     assert all((out / f"{name}.png").stat().st_size > 5000 for name in "sfg")

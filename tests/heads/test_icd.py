@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import icd_oracle
 import kd_models
 import pytest
 import torch
@@ -22,6 +21,7 @@ from kd_testing import (
 )
 
 from projects.kd.analysis.measure import peak_bytes
+from projects.kd.commands.benchmark import icd_full_maps
 from projects.kd.engine.optim import MAIN, build_optimizations
 from projects.kd.errors import ConfigError, DataError
 from projects.kd.functional.icd_values import value_distance
@@ -62,7 +62,7 @@ def test_values_and_gradients_equal_the_oracle(node, boxes, iteration):
     torch.manual_seed(7)
     queries = head.queries(ctx)
     torch.manual_seed(7)
-    found, expected = head(ctx), icd_oracle.losses(head, ctx, queries)
+    found, expected = head(ctx), icd_full_maps.losses(head, ctx, queries)
     assert found.keys() == expected.keys()
     parameters = [*head.parameters(), *features(ctx)]
     if head.center:  # these cancel: their gradient is rounding
@@ -85,13 +85,13 @@ def test_the_oracle_masks_what_lies_in_the_padding():
     torch.manual_seed(7)
     queries = head.queries(ctx)
     torch.manual_seed(7)
-    before = head(ctx), icd_oracle.losses(head, ctx, queries)
+    before = head(ctx), icd_full_maps.losses(head, ctx, queries)
     for level in STRIDES:
         outside = ~ctx.valid_mask(level)
         for side in (ctx.student_features, ctx.teacher_features):
             side[level] = side[level].detach().masked_fill(outside, 1e4)
     torch.manual_seed(7)
-    after = head(ctx), icd_oracle.losses(head, ctx, queries)
+    after = head(ctx), icd_full_maps.losses(head, ctx, queries)
     for old, new in zip(before, after, strict=True):
         for key in old:
             torch.testing.assert_close(old[key], new[key])
@@ -254,7 +254,7 @@ def test_fgfi_attention_is_its_mask():
     flat = torch.cat([masks[level].flatten(1) for level in STRIDES], dim=1).float()
     assert 0 < flat.mean() < 1
     queries = head.queries(ctx)
-    oracle = icd_oracle.losses(head, ctx, queries)["loss_kd_icd"]
+    oracle = icd_full_maps.losses(head, ctx, queries)["loss_kd_icd"]
     before = [f.clone() for f in features(ctx)]
     found = head(ctx)["loss_kd_icd"]
     assert found != oracle

@@ -2,13 +2,12 @@
 
 import argparse
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from kd_models import build, make_batch, tiny_cfg, write_config
 
+from projects.kd.commands.convert import PARTS
 from projects.kd.errors import ConfigError
 from projects.kd.modeling.conditional_detr_weights import (
     COCO_ROWS,
@@ -17,9 +16,6 @@ from projects.kd.modeling.conditional_detr_weights import (
     detect_layout,
     read_weights,
 )
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-import convert_conditional_detr  # noqa: E402
 
 
 def config():
@@ -230,7 +226,8 @@ def run_tool(tmp_path, source, **overrides):
     path = write_config(config(), tmp_path / "detr.yaml")
     output = tmp_path / "out" / "converted.pth"
     options = [part for pair in overrides.items() for part in pair]
-    convert_conditional_detr.main(["--config-file", path, str(source), str(output), *options])
+    words = ["--config-file", path, "--input", source, "--output", output, *options]
+    PARTS.call(["conditional_detr", *words])
     return output
 
 
@@ -274,7 +271,8 @@ def test_tool_refuses_what_does_not_fit(model, tmp_path):
     with pytest.raises(ConfigError, match="does not fit --config-file: .*query_embed.weight is"):
         run_tool(tmp_path, source, **{"MODEL.CONDITIONAL_DETR.NUM_QUERIES": "5"})
     with pytest.raises(ConfigError, match="must end in .pth"):
-        convert_conditional_detr.main(["--config-file", "x", str(source), "out.bin"])
+        words = ["--config-file", "x", "--input", source, "--output", "out.bin"]
+        PARTS.call(["conditional_detr", *words])
     torch.save({"model": [1, 2]}, source)
     with pytest.raises(ConfigError, match="holds no state dict"):
         read_weights(str(source))

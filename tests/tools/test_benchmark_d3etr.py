@@ -1,11 +1,10 @@
-"""What tools/benchmark_d3etr.py compares is the same mathematics."""
+"""What kd-benchmark d3etr compares is the same mathematics."""
 
 import pytest
 from detectron2.utils.events import EventStorage
 from kd_models import distill_cfg, tiny_cfg, write_config, write_teacher
-from kd_scripts import load_script
 
-tool = load_script("tools/benchmark_d3etr.py")
+from projects.kd.commands.benchmark import d3etr as tool
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +13,7 @@ def words(tmp_path_factory):
     teacher = write_teacher(folder, tiny_cfg("ConditionalDETR"))
     cfg = distill_cfg(teacher, "ConditionalDETR", ("D3ETR",))
     config = write_config(cfg, folder / "student.yaml")
-    return ["--config-file", config, "--size", "64", "96", "--rounds", "2"]
+    return ["--config-file", config, "--size", "64x96", "--rounds", "2"]
 
 
 def test_terms_from_kept_maps_are_the_heads_own(words):

@@ -1,4 +1,4 @@
-"""tools/check_gpu.py finds equal steps equal, and names what differs. On the CPU."""
+"""kd-check-gpu finds equal steps equal, and names what differs. On the CPU."""
 
 import json
 import math
@@ -6,12 +6,11 @@ import math
 import pytest
 import torch
 from kd_models import distill_cfg, tiny_cfg, write_config, write_teacher
-from kd_scripts import load_script
 from toy_data import register_noise
 
+from projects.kd.commands import check_gpu as tool
 from projects.kd.errors import ConfigError
 
-tool = load_script("tools/check_gpu.py")
 ON_CPU = ["--device", "cpu", "--images", "2"]
 
 

@@ -1,4 +1,4 @@
-"""tools/convert_torchvision_resnet.py: converted backbones compute what torchvision computes."""
+"""kd-convert resnet: converted backbones compute what torchvision computes."""
 
 from __future__ import annotations
 
@@ -13,22 +13,14 @@ import torchvision
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
+from projects.kd.commands.convert import PARTS
+from projects.kd.commands.convert import resnet as tool
 from projects.kd.errors import ConfigError
 from projects.kd.weights import load_detector
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tools" / "convert_torchvision_resnet.py"
+SCRIPT = ROOT / "tools" / "convert.py"
 STAGES = ("layer1", "layer2", "layer3", "layer4")
-
-
-@pytest.fixture(scope="module")
-def tool():
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        import convert_torchvision_resnet
-    finally:
-        sys.path.pop(0)
-    return convert_torchvision_resnet
 
 
 def random_resnet(architecture: str, seed: int = 4):
@@ -63,7 +55,7 @@ def detector_cfg(depth: int, norm: str):
     ("architecture", "depth", "norm"),
     [("resnet18", 18, "FrozenBN"), ("resnet18", 18, "BN"), ("resnet50", 50, "FrozenBN")],
 )
-def test_features_equal_torchvision(tool, tmp_path, architecture, depth, norm):
+def test_features_equal_torchvision(tmp_path, architecture, depth, norm):
     source = random_resnet(architecture)
     path = tmp_path / "converted.pth"
     torch.save(tool.convert(source.state_dict(), architecture), path)
@@ -83,7 +75,7 @@ def test_features_equal_torchvision(tool, tmp_path, architecture, depth, norm):
             torch.testing.assert_close(ours[name], x, rtol=1e-3, atol=1e-3)
 
 
-def test_our_loader_reports_only_the_detectors_own_parts(tool, tmp_path):
+def test_our_loader_reports_only_the_detectors_own_parts(tmp_path):
     path = tmp_path / "converted.pth"
     torch.save(tool.convert(random_resnet("resnet18").state_dict(), "resnet18"), path)
     detector = build_model(detector_cfg(18, "FrozenBN"))
@@ -92,10 +84,11 @@ def test_our_loader_reports_only_the_detectors_own_parts(tool, tmp_path):
     assert not [name for name in missing if name.startswith("backbone.bottom_up")]
 
 
-def test_command_line(tool, tmp_path):
+def test_command_line(tmp_path):
     weights, output = tmp_path / "resnet18.pth", tmp_path / "new" / "converted.pth"
     torch.save(random_resnet("resnet18").state_dict(), weights)
-    tool.main(["resnet18", str(output), "--weights", str(weights)])
+    words = ["--architecture", "resnet18", "--weights", weights, "--output", output]
+    PARTS.call(["resnet", *words])
     saved = torch.load(output, weights_only=True)["model"]
     assert len(saved) == 100  # 20 convolutions, each with four tensors of its norm
     assert torch.equal(
@@ -107,22 +100,24 @@ def test_command_line(tool, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resnet50", "{out}", "--weights", "{r18}"], "not a state dict of torchvision's resnet50"),
-        (["resnet18", "{out}", "--weights", "absent.pth"], "no such file 'absent.pth'"),
-        (["resnet18", "converted.bin", "--weights", "{r18}"], "must end in .pth"),
+        (["resnet50", "{r18}", "{out}"], "not a state dict of torchvision's resnet50"),
+        (["resnet18", "absent.pth", "{out}"], "no such file 'absent.pth'"),
+        (["resnet18", "{r18}", "converted.bin"], "must end in .pth"),
     ],
 )
-def test_user_errors(tool, tmp_path, arguments, message):
+def test_user_errors(tmp_path, arguments, message):
     weights = tmp_path / "r18.pth"
     torch.save(random_resnet("resnet18").state_dict(), weights)
     output = tmp_path / "out.pth"
     places = {"out": str(output), "r18": str(weights)}
+    flags = ("--architecture", "--weights", "--output")
+    words = [w for f, a in zip(flags, arguments, strict=True) for w in (f, a.format(**places))]
     with pytest.raises(ConfigError, match=message):
-        tool.main([argument.format(**places) for argument in arguments])
+        PARTS.call(["resnet", *words])
     assert not output.exists()
 
 
-def test_failed_download_names_the_file(tool, monkeypatch):
+def test_failed_download_names_the_file(monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no route to host")
 
@@ -133,8 +128,9 @@ def test_failed_download_names_the_file(tool, monkeypatch):
 
 
 def test_script_starts_from_any_folder(tmp_path):
+    words = ["--architecture", "resnet18", "--output", "x.pth", "--weights", "absent.pth"]
     result = subprocess.run(
-        [sys.executable, str(SCRIPT), "resnet18", "x.pth", "--weights", "absent.pth"],
+        [sys.executable, str(SCRIPT), "resnet", *words],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""tools/demo.py: the student alone on images, a folder and a video."""
+"""kd-demo: the student alone on images, a folder and a video."""
 
 import json
 
@@ -8,15 +8,10 @@ import pytest
 import torch
 from kd_detectors import detector_cfg, detector_distill_cfg
 from kd_models import build, write_config
-from kd_scripts import load_script
 
+from projects.kd.commands import demo
 from projects.kd.data.image_mapper import ImageMapper
 from projects.kd.errors import ConfigError, DataError
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return load_script("tools/demo.py")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +36,7 @@ def student(folder, name):
 
 
 @pytest.mark.parametrize("name", ["FCOS", "Mask R-CNN", "Keypoint R-CNN", "Panoptic FPN"])
-def test_images_and_folders(demo, photos, tmp_path, name):
+def test_images_and_folders(photos, tmp_path, name):
     model, config = student(tmp_path, name)
     out = tmp_path / "out"
     inputs = [str(photos / "1.png"), str(photos)]
@@ -64,7 +59,7 @@ def test_images_and_folders(demo, photos, tmp_path, name):
         assert 0 <= x0 <= x1 <= 64 and 0 <= y0 <= y1 <= 48
 
 
-def test_bad_images_are_passed_over(demo, photos, tmp_path, capsys):
+def test_bad_images_are_passed_over(photos, tmp_path, capsys):
     _, config = student(tmp_path, "FCOS")
     folder = tmp_path / "mixed"
     folder.mkdir()
@@ -94,7 +89,7 @@ def test_bad_images_are_passed_over(demo, photos, tmp_path, capsys):
     )
 
 
-def test_what_was_done_stays_when_the_rest_cannot_be(demo, photos, tmp_path, monkeypatch):
+def test_what_was_done_stays_when_the_rest_cannot_be(photos, tmp_path, monkeypatch):
     _, config = student(tmp_path, "FCOS")
     run = demo.Predictor.__call__
 
@@ -112,7 +107,7 @@ def test_what_was_done_stays_when_the_rest_cannot_be(demo, photos, tmp_path, mon
 
 
 @pytest.mark.parametrize("image_format", ["L", "RGB", "YUV-BT.601"])
-def test_formats_are_those_of_evaluation(demo, photos, tmp_path, image_format):
+def test_formats_are_those_of_evaluation(photos, tmp_path, image_format):
     cfg = detector_cfg("FCOS", INPUT__FORMAT=image_format)
     channels = 1 if image_format == "L" else 3
     cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [100.0] * channels, [50.0] * channels
@@ -130,7 +125,7 @@ def test_formats_are_those_of_evaluation(demo, photos, tmp_path, image_format):
     assert predictor.draw(cv2.imread(path), found).shape == (64, 64, 3)
 
 
-def test_video(demo, tmp_path):
+def test_video(tmp_path):
     _, config = student(tmp_path, "FCOS")
     source, target = str(tmp_path / "in.mp4"), str(tmp_path / "out.mp4")
     writer = cv2.VideoWriter(source, cv2.VideoWriter_fourcc(*"mp4v"), 10.0, (64, 48))
@@ -143,7 +138,7 @@ def test_video(demo, tmp_path):
     assert int(cv2.VideoCapture(target).get(cv2.CAP_PROP_FRAME_COUNT)) == 3
 
 
-def test_user_errors(demo, photos, tmp_path):
+def test_user_errors(photos, tmp_path):
     _, config = student(tmp_path, "FCOS")
     common = ["--config-file", config, "--output", str(tmp_path / "out")]
     with pytest.raises(DataError, match="--input: no such file"):
@@ -157,7 +152,7 @@ def test_user_errors(demo, photos, tmp_path):
         demo.main(demo.parse_arguments(own))
 
 
-def test_tiles_are_obeyed(demo, photos, tmp_path):
+def test_tiles_are_obeyed(photos, tmp_path):
     """The large picture in tiles gives what the tiled detector gives on it."""
     model, config = student(tmp_path, "RetinaNet")
     tiles = ("TEST.TILES.ENABLED", "True", "TEST.TILES.SIZE", 48, "TEST.TILES.OVERLAP", 16)

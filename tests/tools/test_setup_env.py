@@ -1,4 +1,4 @@
-"""tools/setup_env.py, end to end on tiny packages: no network, no index, no compiler."""
+"""dev/setup_env.py, end to end on tiny packages: no network, no index, no compiler."""
 
 import base64
 import hashlib
@@ -44,7 +44,7 @@ def make_wheel(folder: Path, name: str, version: str, module: str, tag: str = "p
 
 @pytest.fixture
 def tree(tmp_path):
-    """A project folder with tools/setup_env.py and requirements of tiny wheels."""
+    """A project folder with dev/setup_env.py and requirements of tiny wheels."""
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     make_wheel(wheels, "torch", "2.0", "torch")
@@ -53,9 +53,9 @@ def tree(tmp_path):
     make_wheel(wheels, "helper", "1.0", "helper")
     sha = make_wheel(wheels, "sal_detectron2", "0.7.2", "detectron2", "cp310-none-any")
     project = tmp_path / "project"
-    (project / "tools").mkdir(parents=True)
+    (project / "dev").mkdir(parents=True)
     (project / "requirements").mkdir()
-    shutil.copy(ROOT / "tools" / "setup_env.py", project / "tools")
+    shutil.copy(ROOT / "dev" / "setup_env.py", project / "dev")
     write = (project / "requirements").joinpath
     write("runtime.txt").write_text(
         "# pinned\ntorch==2.0\ntorchvision==0.2\nopencv-python-headless==4.0\n"
@@ -76,7 +76,7 @@ def environment(tree: Path, **changes: str) -> dict:
 
 def run(tree: Path, *flags: str, python: str = sys.executable, **changes: str):
     return subprocess.run(
-        [python, str(tree / "tools" / "setup_env.py"), *flags],
+        [python, str(tree / "dev" / "setup_env.py"), *flags],
         env=environment(tree, **changes),
         capture_output=True,
         text=True,
@@ -171,7 +171,7 @@ def test_a_package_that_cannot_be_imported_is_an_error_without_stamp(tree):
 @pytest.fixture
 def other_python(monkeypatch, tree):
     """The script as a module, in an interpreter that says it is Python 3.14."""
-    monkeypatch.syspath_prepend(str(tree / "tools"))
+    monkeypatch.syspath_prepend(str(tree / "dev"))
     sys.modules.pop("setup_env", None)
     import setup_env
 
@@ -232,7 +232,7 @@ def test_foreign_venv_of_another_python_is_not_replaced(other_python, monkeypatc
 
 
 def test_pip_call_for_detectron2_and_its_hash():
-    sys.path.insert(0, str(ROOT / "tools"))
+    sys.path.insert(0, str(ROOT / "dev"))
     try:
         import setup_env
     finally:

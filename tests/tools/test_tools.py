@@ -1,8 +1,6 @@
 """The measuring tools, run on a tiny pair of detectors and a data set on the disk."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import kd_models
@@ -11,22 +9,26 @@ import pytest
 import torch
 import toy_data  # noqa: F401  (registers the toy backbone)
 from detectron2.utils.events import EventStorage
-from kd_scripts import load_script
 from PIL import Image
 
 from projects.kd import ConfigError, build_teacher, build_training_model, load_config
 from projects.kd.analysis.benchmark import Bench, loop_masks
+from projects.kd.commands import calibrate as calibration
+from projects.kd.commands.benchmark import PARTS as BENCHMARK
+from projects.kd.commands.evaluate import PARTS as EVALUATE
 from projects.kd.data.loader import build_train_loader
 from projects.kd.data.register import register_configured
 
-ROOT = Path(__file__).resolve().parents[2]
 DATA = "kd_test_tools"
 BACKBONE = {"MODEL__BACKBONE__NAME": "build_toy_fpn_backbone"}
 
 
-def tool(name):
-    module = load_script(f"tools/{name}.py")
-    return lambda *words: module.main(module.parse_arguments([str(word) for word in words]))
+def calibrate(*words):
+    return calibration.main(calibration.parse_arguments([str(word) for word in words]))
+
+
+def evaluate_teacher(*words):
+    return EVALUATE.call(["teacher", *words])
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def config(folder, data):
 
 
 def test_calibrate_equals_gradients_of_a_backward_pass(config, folder, capsys):
-    report = tool("calibrate")("--config-file", config, "--batches", 2, "--target", 0.25)
+    report = calibrate("--config-file", config, "--batches", 2, "--target", 0.25)
     assert json.loads((folder / "out" / "calibration.json").read_text()) == report
 
     cfg = load_config(config)
@@ -134,7 +136,6 @@ def test_calibrate_equals_gradients_of_a_backward_pass(config, folder, capsys):
 
 
 def test_calibrate_at_the_suggested_weight_reaches_the_target(config):
-    calibrate = tool("calibrate")
     words = ("--config-file", config, "--batches", 1, "--target", 0.3)
     weight = calibrate(*words)["heads"]["CWD"]["suggested_weight"]
     entry = calibrate(*words, "KD.CWD.WEIGHT", weight)["heads"]["CWD"]
@@ -147,7 +148,6 @@ def test_calibrate_at_the_suggested_weight_reaches_the_target(config):
 
 def test_calibrate_measures_heads_on_backbone_stages_there(config):
     """At the pyramid's levels SDF has no gradient at all."""
-    calibrate = tool("calibrate")
     words = ("--config-file", config, "--batches", 1, "--target", 0.3)
     words = (*words, "KD.HEADS", "('SDF',)", "KD.SDF.EMBED_DIM", 8)
     weight = calibrate(*words)["heads"]["SDF"]["suggested_weight"]
@@ -167,7 +167,6 @@ def test_calibrate_shows_how_a_share_grows(config, folder, capsys):
         if seed == 2:  # what the task losses are divided by
             state["trainer"] = {"running": [{"student.loss_normalizer": 1000.0}]}
         torch.save(state, files[-1])
-    calibrate = tool("calibrate")
     words = ("--config-file", config, "--batches", 1)
     both = calibrate("--weights", *files, *words, *opts)["checkpoints"]
     assert [x["weights"] for x in both] == files
@@ -201,7 +200,6 @@ def test_calibrate_shows_how_a_share_grows(config, folder, capsys):
 
 
 def test_calibrate_refuses_what_it_cannot_measure(config):
-    calibrate = tool("calibrate")
     with pytest.raises(ConfigError, match=r"KD\.META_ARCHITECTURE"):
         calibrate("--config-file", config, "KD.META_ARCHITECTURE", "")
     with pytest.raises(ConfigError, match="--batches"):
@@ -219,12 +217,12 @@ def evaluated(monkeypatch):
         calls.append((cfg, model, output_dir))
         return {"bbox": {"AP": 12.5}}
 
-    monkeypatch.setattr("projects.kd.evaluation.evaluate", evaluate)
+    monkeypatch.setattr("projects.kd.commands.evaluate.teacher.evaluate", evaluate)
     return calls
 
 
 def test_teacher_is_evaluated_on_its_own_input(config, folder, evaluated):
-    report = tool("evaluate_teacher")("--config-file", config)
+    report = evaluate_teacher("--config-file", config)
     ((cfg, model, output),) = evaluated
     weights = build_teacher(cfg).model.state_dict()
     assert all(torch.equal(value, weights[n]) for n, value in model.state_dict().items())
@@ -236,20 +234,20 @@ def test_teacher_is_evaluated_on_its_own_input(config, folder, evaluated):
 
 
 def test_teacher_on_the_students_input_keeps_its_channel_order(config, evaluated):
-    tool("evaluate_teacher")("--config-file", config, "--student-input")
+    evaluate_teacher("--config-file", config, "--student-input")
     cfg = evaluated[0][0]
     assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT) == (64, 96, "RGB")
     options = ("--student-input", "KD.TEACHER.INPUT_SCALE", "2.0")
-    tool("evaluate_teacher")("--config-file", config, *options)
+    evaluate_teacher("--config-file", config, *options)
     assert (evaluated[1][0].INPUT.MIN_SIZE_TEST, evaluated[1][0].INPUT.MAX_SIZE_TEST) == (128, 192)
 
 
 def test_an_ordinary_config_is_its_own_teacher(config, folder, evaluated):
     plain = folder / "teacher.yaml"
     with pytest.raises(ConfigError, match=r"^MODEL\.WEIGHTS is empty"):
-        tool("evaluate_teacher")("--config-file", plain)
+        evaluate_teacher("--config-file", plain)
     weights = str(folder / "teacher.pth")
-    tool("evaluate_teacher")("--config-file", plain, "MODEL.WEIGHTS", weights)
+    evaluate_teacher("--config-file", plain, "MODEL.WEIGHTS", weights)
     cfg, model, _ = evaluated[0]
     state = torch.load(weights, weights_only=True)["model"]
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -258,7 +256,7 @@ def test_an_ordinary_config_is_its_own_teacher(config, folder, evaluated):
     torch.save({"model": state}, folder / "partial.pth")
     words = ("--config-file", plain, "MODEL.WEIGHTS", str(folder / "partial.pth"))
     with pytest.raises(ConfigError, match=r"lacks 1 .*head\.cls_score\.bias"):
-        tool("evaluate_teacher")(*words)
+        evaluate_teacher(*words)
 
 
 def test_evaluation_of_the_teacher_is_detectron2s_of_the_same_model(config, folder):
@@ -266,7 +264,7 @@ def test_evaluation_of_the_teacher_is_detectron2s_of_the_same_model(config, fold
     from detectron2.data import build_detection_test_loader
     from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 
-    report = tool("evaluate_teacher")("--config-file", config)
+    report = evaluate_teacher("--config-file", config)
     cfg = load_config(str(folder / "teacher.yaml"))
     expected = inference_on_dataset(
         build_teacher(load_config(config)).model,
@@ -284,13 +282,15 @@ def test_evaluation_of_the_teacher_is_detectron2s_of_the_same_model(config, fold
 
 def test_benchmark_measures_every_part(config, folder, capsys):
     path = folder / "bench.json"
-    report = tool("benchmark")(
-        *("--config-file", config, "--size", "64x96", "--boxes", 3, "--pairs", 2),
-        *("--memory", "--memory-size", "64x64", "--mask-size", "60x90", "--mask-boxes", 7),
-        *("--output", path),
+    report = BENCHMARK.call(
+        [
+            *("all", "--config-file", config, "--size", "64x96", "--boxes", 3, "--rounds", 2),
+            *("--memory", "--memory-size", "64x64", "--mask-size", "60x90", "--mask-boxes", 7),
+            *("--output", path),
+        ]
     )
     saved = json.loads(path.read_text())
-    assert saved["protocol"]["size"] == [64, 96] and saved["protocol"]["pairs"] == 2
+    assert saved["protocol"]["size"] == [64, 96] and saved["protocol"]["rounds"] == 2
     result = saved["results"]["student"]
     assert result == report["results"]["student"]
     assert set(result) == {"data", "teacher", "student", "heads", "step", "mask", "memory"}
@@ -320,10 +320,8 @@ def test_benchmark_times_the_same_number_of_steps_of_both_sides(config, monkeypa
         bench.model.teacher.model.backbone.register_forward_hook(lambda *_: steps.append("teacher"))
 
     monkeypatch.setattr(Bench, "__init__", count)
-    tool("benchmark")(
-        *("--config-file", config, "--task", "step", "--heads", "CWD"),
-        *("--size", "64x64", "--boxes", "2", "--pairs", "3"),
-    )
+    words = ["step", "--config-file", config, "--heads", "CWD"]
+    BENCHMARK.call([*words, "--size", "64x64", "--boxes", "2", "--rounds", "3"])
     assert built == [("CWD",)]
     # three warm-ups and three rounds of base and whole, each with one pass of both networks
     assert steps.count("student") == steps.count("teacher") == 12
@@ -370,37 +368,12 @@ def test_the_loop_over_boxes_selects_what_the_head_selects(config):
 
 
 def test_benchmark_refuses_what_it_cannot_measure(config):
-    benchmark = tool("benchmark")
+    words = ["step", "--config-file", config]
     with pytest.raises(ConfigError, match="KD.HEADS: no imitation head 'CDW'"):
-        benchmark("--config-file", config, "--heads", "CDW")
+        BENCHMARK.call([*words, "--heads", "CDW"])
     with pytest.raises(ConfigError, match=r"KD\.META_ARCHITECTURE of student is empty"):
-        benchmark("--config-file", config, "KD.META_ARCHITECTURE", "")
-    with pytest.raises(ConfigError, match="--task data needs --config-file"):
-        benchmark("--task", "data")
+        BENCHMARK.call([*words, "KD.META_ARCHITECTURE", ""])
+    with pytest.raises(ConfigError, match="data: needs --config-file"):
+        BENCHMARK.call(["data"])
     with pytest.raises(ConfigError, match="nothing to measure"):
-        benchmark("--config-file", config, "--task", "mask", "--heads", "CWD")
-
-
-RUN_ALL = """
-import runpy, sys
-for path in sys.argv[1:]:
-    sys.argv = [path, "--config-file", "nowhere.yaml"]
-    try:
-        runpy.run_path(path, run_name="__main__")
-    except SystemExit as end:
-        print(end.code)
-"""
-
-
-def test_run_from_anywhere_and_fail_in_one_line(tmp_path):
-    """detectron2's wheel brings a package named tools; the repository's root comes first."""
-    names = ("benchmark", "calibrate", "evaluate_teacher")
-    result = subprocess.run(
-        [sys.executable, "-c", RUN_ALL, *(str(ROOT / "tools" / f"{name}.py") for name in names)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert result.stdout.split() == ["2"] * 3
-    assert result.stderr.count("error: --config-file: no such file 'nowhere.yaml'") == 3
-    assert "Traceback" not in result.stderr
+        BENCHMARK.call(["mask", *words[1:], "--heads", "CWD"])

@@ -5,16 +5,16 @@ import json
 import pytest
 import torch
 from kd_models import build, distill_cfg, tiny_cfg, write_config, write_teacher
-from kd_scripts import load_script
 from PIL import Image
 from toy_data import register_noise
 
 from projects.kd import build_training_model
+from projects.kd.commands.visualize import PARTS
+from projects.kd.commands.visualize import d3etr as tool
 from projects.kd.errors import ConfigError
 
 ARCH = "ConditionalDETR"
 DATA = "kd_test_d3etr_pictures"
-tool = load_script("tools/visualize_d3etr.py")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_picture_of_an_image(run, tmp_path, capsys):
     _, config, checkpoints = run
     path = str(tmp_path / "out" / "image.png")
     words = ["--config-file", config, "--output", path, "--checkpoint", checkpoints[0]]
-    tool.main([*words, "--index", "1", "--queries", "2"])
+    PARTS.call(["d3etr", *words, "--index", "1", "--queries", "2"])
     assert "image 1 of" in capsys.readouterr().out
     assert min(Image.open(path).size) > 300
 
@@ -45,7 +45,7 @@ def test_stability_is_the_share_of_partners_that_change(run, tmp_path, capsys):
     cfg, config, (one, other) = run
     path = str(tmp_path / "stability.png")
     words = ["--config-file", config, "--output", path, "--images", "2"]
-    tool.main([*words, "--stability", one, one, other])
+    PARTS.call(["d3etr", *words, "--stability", one, one, other])
     same, changed = json.loads(capsys.readouterr().out.splitlines()[-1]).values()
     assert same == [0.0] * 3 and len(changed) == 3
     model = build_training_model(cfg)
@@ -72,9 +72,9 @@ def test_bad_input_is_one_line(run, tmp_path):
     cfg, config, checkpoints = run
     words = ["--config-file", config, "--output", str(tmp_path / "x.png")]
     with pytest.raises(ConfigError, match="at least two checkpoints"):
-        tool.main([*words, "--stability", checkpoints[0]])
+        PARTS.call(["d3etr", *words, "--stability", checkpoints[0]])
     with pytest.raises(ConfigError, match="--index: 99"):
-        tool.main([*words, "--checkpoint", checkpoints[0], "--index", "99"])
+        PARTS.call(["d3etr", *words, "--checkpoint", checkpoints[0], "--index", "99"])
     with pytest.raises(ConfigError, match="has no D3ETR"):
-        opts = ["--opts", "KD.HEADS", "('Mimic',)"]
-        tool.main([*words, "--checkpoint", checkpoints[0], *opts])
+        opts = ["KD.HEADS", "('Mimic',)"]
+        PARTS.call(["d3etr", *words, "--checkpoint", checkpoints[0], *opts])

@@ -7,18 +7,13 @@ import sys
 
 import numpy as np
 import pytest
-from kd_scripts import load_script
 from PIL import Image
 
+from projects.kd.commands.visualize import PARTS
 from projects.kd.errors import ConfigError, DataError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-TOOL = os.path.join(ROOT, "tools", "visualize_data.py")
-
-
-@pytest.fixture(scope="module")
-def tool():
-    return load_script("tools/visualize_data.py")
+TOOL = os.path.join(ROOT, "tools", "visualize.py")
 
 
 @pytest.fixture
@@ -40,11 +35,11 @@ def config_file(tmp_path):
     return str(path), name
 
 
-def test_sheet_of_a_configured_data_set(tool, config_file, tmp_path):
+def test_sheet_of_a_configured_data_set(config_file, tmp_path):
     config, name = config_file
     output = str(tmp_path / "new" / "sheet.png")
     options = ["--num", "3", "--columns", "2", "--size", "120"]
-    tool.main(["--dataset", name, "--config-file", config, "--output", output, *options])
+    PARTS.call(["data", "--dataset", name, "--config-file", config, "--output", output, *options])
     sheet = np.array(Image.open(output))
     assert sheet.shape == (240, 240, 3)
     first = sheet[:80, :120].astype(int)  # 60x40 pixels at twice the size
@@ -53,22 +48,24 @@ def test_sheet_of_a_configured_data_set(tool, config_file, tmp_path):
     assert (sheet[85:120, :120] == 128).all() and (sheet[120:, 120:] == 255).all()
 
 
-def test_user_errors(tool, config_file, tmp_path):
+def test_user_errors(config_file, tmp_path):
     config, name = config_file
     common = ["--config-file", config, "--output", str(tmp_path / "sheet.png")]
     with pytest.raises(ConfigError, match=f"'{name}x' is not registered; did you mean {name}"):
-        tool.main(["--dataset", name + "x", *common])
+        PARTS.call(["data", "--dataset", name + "x", *common])
     with pytest.raises(ConfigError, match="--semantic: there is no semantic map"):
-        tool.main(["--dataset", name, "--semantic", *common])
+        PARTS.call(["data", "--dataset", name, "--semantic", *common])
     with pytest.raises(ConfigError, match="--output: .*sheet.odd cannot be written"):
-        tool.main(["--dataset", name, *common[:2], "--output", str(tmp_path / "sheet.odd")])
+        PARTS.call(
+            ["data", "--dataset", name, *common[:2], "--output", str(tmp_path / "sheet.odd")]
+        )
     (tmp_path / "0.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"0\.png: image cannot be read"):
-        tool.main(["--dataset", name, *common])
+        PARTS.call(["data", "--dataset", name, *common])
 
 
 def test_as_a_script_an_error_is_one_line_and_status_2(tmp_path):
-    command = [sys.executable, TOOL, "--dataset", "shapes_trein", "--output", "x.png"]
+    command = [sys.executable, TOOL, "data", "--dataset", "shapes_trein", "--output", "x.png"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert (

@@ -1,4 +1,4 @@
-"""A distillation step taken apart, for timing: see tools/benchmark.py."""
+"""A distillation step taken apart, for timing: see kd-benchmark."""
 
 from __future__ import annotations
 

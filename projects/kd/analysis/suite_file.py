@@ -1,4 +1,4 @@
-"""Suite files of tools/compare.py: what may stand in them, checked before anything runs."""
+"""Suite files of kd-compare: what may stand in them, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import yaml
 
 from ..config.yaml_files import read_yaml_text
 from ..errors import ConfigError, did_you_mean, require_one_of
+from ..files import find_shipped
 from .report import TASK_METRICS
 
 ONCE = ("teacher", "start")  # roles of rows that are trained once
@@ -44,7 +45,7 @@ def read_suite(path: str) -> dict:
     """
     where = f"--suite: '{path}'"
     try:
-        suite = yaml.safe_load(read_yaml_text(path))
+        suite = yaml.safe_load(read_yaml_text(find_shipped(path)))
     except (yaml.YAMLError, ConfigError) as error:
         raise ConfigError(f"--suite: cannot read {error}") from error
     if not isinstance(suite, dict) or not suite.get("rows") or not suite.get("dataset"):

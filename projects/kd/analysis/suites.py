@@ -15,14 +15,19 @@ from collections.abc import Callable, Sequence
 
 from ..config import load_config
 from ..errors import ConfigError
-from ..files import write_atomically
+from ..files import shipped_configs, write_atomically
 from .report import read_jsonl
 from .run_folders import last_line, move_aside, read_or_none, run_logged
 from .suite_file import ONCE, read_suite
 
 __all__ = ["Run", "is_distilled", "is_trained_once", "make_runs", "read_suite", "select_rows"]
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+def training_command() -> list[str]:
+    """``train_net.py`` of this checkout; elsewhere the installed module behind it."""
+    script = os.path.join(os.path.dirname(shipped_configs()), "train_net.py")
+    module = ["-m", "projects.kd.commands.train"]
+    return [sys.executable, *([script] if os.path.isfile(script) else module)]
 
 
 class Stopped(Exception):
@@ -138,7 +143,7 @@ class Run:
         os.makedirs(self.dir, exist_ok=True)
         write_atomically(settings, stamp)
         resume = ["--resume"] if os.path.isfile(os.path.join(self.dir, "last_checkpoint")) else []
-        command = [sys.executable, os.path.join(ROOT, "train_net.py"), *resume]
+        command = [*training_command(), *resume]
         command += ["--config-file", self.row["config"], "OUTPUT_DIR", self.dir]
         command += [str(x) for x in self.opts]
         say(f"[{progress}] {self.label}: {shlex.join(command)}")

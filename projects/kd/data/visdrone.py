@@ -239,13 +239,13 @@ def register_visdrone() -> None:
 
 
 def register_visdrone_data(name: str, json_file: str, image_root: str) -> None:
-    """Register one json that ``datasets/prepare_visdrone.py`` wrote."""
+    """Register one json that ``kd-convert visdrone`` wrote."""
     DatasetCatalog.register(name, lambda: load_visdrone(json_file, image_root, name))
     MetadataCatalog.get(name).set(
         evaluator_type="visdrone",
         json_file=json_file,
         image_root=image_root,
-        made_by="datasets/prepare_visdrone.py",
+        made_by="kd-convert visdrone",
         checked_annotations=True,
         thing_classes=list(CLASSES),
         thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},

@@ -77,7 +77,7 @@ class LossBalance(HookBase):
             logging.getLogger(__name__).warning(
                 "Distillation losses are %.0f times the task losses (%.3g beside %.3g; the "
                 "largest is %s): the student learns little else. Lower KD.<HEAD>.WEIGHT; "
-                "tools/calibrate.py suggests one",
+                "kd-calibrate suggests one",
                 total / task,
                 total,
                 task,

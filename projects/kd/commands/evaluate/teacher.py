@@ -1,0 +1,110 @@
+"""Evaluate the teacher of a distillation config: the first thing to run.
+
+    kd-evaluate teacher --config-file CONFIG [KEY VALUE ...]
+
+Builds the teacher of KD.TEACHER, or, when the config names none, the model of the config itself
+with MODEL.WEIGHTS, and evaluates it on DATASETS.TEST. Images are resized and ordered as the
+teacher's own config says (INPUT.MIN_SIZE_TEST, MAX_SIZE_TEST, FORMAT); with --student-input as the
+student's config says, times KD.TEACHER.INPUT_SCALE: what it sees in training. Channel order always
+follows the teacher. Predictions and metrics.json are written to OUTPUT_DIR/teacher_evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+import torch
+from detectron2.utils.logger import setup_logger
+
+from ... import ConfigError, build_teacher, check_config, load_config
+from ...arguments import Parser
+from ...building import build_detector
+from ...data.classes import check_taught_names
+from ...data.image_check import check_images
+from ...data.register import register_configured
+from ...evaluation import check_evaluation, evaluate
+from ...weights import load_detector
+
+INPUT_KEYS = ("MIN_SIZE_TEST", "MAX_SIZE_TEST")
+
+
+def parse_arguments(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--student-input", action="store_true", help="resize as for the student")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE ...")
+    return parser.parse_args(argv)
+
+
+def build(cfg, student_input: bool):
+    """The detector, and the config whose INPUT and MODEL describe it."""
+    cfg = cfg.clone()
+    if not cfg.KD.TEACHER.CONFIG_FILE:
+        if not cfg.MODEL.WEIGHTS:
+            raise ConfigError("MODEL.WEIGHTS is empty: name the weights to evaluate")
+        model = build_detector(cfg)
+        missing = load_detector(model, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", cfg.KD.ALLOW_PICKLE)
+        if missing:
+            raise ConfigError(
+                f"MODEL.WEIGHTS: '{cfg.MODEL.WEIGHTS}' lacks {len(missing)} of the model's "
+                f"parameters: {', '.join(missing)}"
+            )
+        return model.eval(), cfg
+    teacher = build_teacher(cfg)
+    # evaluation data in the order of its classes, where they are the same
+    register_configured(cfg, teacher.names.get("thing_classes"))
+    check_taught_names(cfg, teacher.names)
+    cfg.INPUT.FORMAT = teacher.input_format
+    if teacher.cfg is not None:
+        # what this model predicts, and how many of it
+        cfg.MODEL.MASK_ON = teacher.cfg.MODEL.MASK_ON
+        cfg.MODEL.KEYPOINT_ON = teacher.cfg.MODEL.KEYPOINT_ON
+        cfg.TEST.DETECTIONS_PER_IMAGE = teacher.cfg.TEST.DETECTIONS_PER_IMAGE
+        for key in () if student_input else INPUT_KEYS:
+            cfg.INPUT[key] = teacher.cfg.INPUT[key]
+    for key in INPUT_KEYS if student_input else ():
+        cfg.INPUT[key] = round(cfg.INPUT[key] * cfg.KD.TEACHER.INPUT_SCALE)
+    return teacher.model, cfg
+
+
+def read_config(args):
+    """The config to evaluate with, checked before any model is built."""
+    setup_logger()
+    setup_logger(name="projects")
+    cfg = load_config(args.config_file, args.opts)
+    register_configured(cfg)
+    check_config(cfg, training=False)
+    if not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST is empty: name a data set to evaluate on")
+    check_evaluation(cfg)
+    check_images(cfg, training=False)
+    return cfg
+
+
+def main(args):
+    cfg = read_config(args)
+    model, cfg = build(cfg, args.student_input)
+    folder = os.path.join(cfg.OUTPUT_DIR, "teacher_evaluation")
+    with torch.no_grad():
+        results = evaluate(cfg, model, output_dir=folder)
+    report = {
+        "config": args.config_file,
+        "teacher": cfg.KD.TEACHER.CONFIG_FILE or args.config_file,
+        "weights": cfg.KD.TEACHER.WEIGHTS if cfg.KD.TEACHER.CONFIG_FILE else cfg.MODEL.WEIGHTS,
+        "data": list(cfg.DATASETS.TEST),
+        "input": {key: cfg.INPUT[key] for key in (*INPUT_KEYS, "FORMAT")},
+        "results": results,
+    }
+    write(report, folder)
+    return report
+
+
+def write(report: dict, folder: str) -> None:
+    """Write metrics.json, and say where."""
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "metrics.json")
+    with open(path, "w") as file:
+        json.dump(report, file, indent=1)
+    print(f"written to {path}")
