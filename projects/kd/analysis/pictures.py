@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 
 matplotlib.use("Agg")
-import cv2  # noqa: E402
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
-from detectron2.structures import BoxMode  # noqa: E402
-from matplotlib.patches import Patch, Rectangle  # noqa: E402
-from pycocotools import mask as mask_util  # noqa: E402
+import cv2
+import matplotlib.pyplot as plt
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+from matplotlib.patches import Patch, Rectangle
+from pycocotools import mask as mask_util
 
-from ..errors import ConfigError  # noqa: E402
+from ..errors import ConfigError
 
 MIN_SCORE = 0.3  # detections below are not drawn
 _COLOURS = plt.get_cmap("tab10").colors

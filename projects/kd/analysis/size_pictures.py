@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 
 matplotlib.use("Agg")
-import cv2  # noqa: E402
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
-from detectron2.structures import BoxMode  # noqa: E402
-from matplotlib.patches import Rectangle  # noqa: E402
+import cv2
+import matplotlib.pyplot as plt
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+from matplotlib.patches import Rectangle
 
-from ..errors import ConfigError  # noqa: E402
-from ..evaluation.visdrone_metrics import ignored_pixels, outside_ignored, overlaps  # noqa: E402
-from .pictures import write_picture  # noqa: E402
+from ..errors import ConfigError
+from ..evaluation.visdrone_metrics import ignored_pixels, outside_ignored, overlaps
+from .pictures import write_picture
 
 # COCO's bands, by the square root of the box's area in pixels of the stored image
 BANDS = {"small": (0.0, 32.0), "medium": (32.0, 96.0), "large": (96.0, float("inf"))}
