@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from detectron2.config import CfgNode, get_cfg
 
-from projects.kd.config import add_kd_config
+from projects.kd.config import add_kd_config, head_node
 from projects.kd.config.key_table import rule_of
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAD_KEYS = ("WEIGHT", "LEVELS", "MASK_PADDING", "START_ITER", "WARMUP_ITERS", "END_ITER")
+HEAD_KEYS = tuple(head_node(weight=1.0, mask_padding=False))
 INTRODUCTION = """# Config keys
 
 This page is made from the code when the site is built: the defaults are those of a fresh config,
@@ -23,8 +23,7 @@ the words those of the comments beside them. A key that is unknown or has a valu
 allowed ends a program with one line that names it.
 
 - A row without words belongs to the one above it, or its name says all there is to say.
-- The keys that every imitation head has (`WEIGHT`, `LEVELS`, `MASK_PADDING`, `START_ITER`,
-  `WARMUP_ITERS`, `END_ITER`) are explained once, [below](#keys-of-every-head).
+- The keys that every imitation head has are explained once, [below](#keys-of-every-head).
 - A key of detectron2 is in the last table where its value is checked here.
 """
 

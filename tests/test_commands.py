@@ -1,0 +1,195 @@
+"""Every command of README, GETTING_STARTED and the documentation is one that exists.
+
+Each is read as a shell would and given to its own program, which stops when its flags are parsed:
+so a renamed tool, a flag that is gone, a config or suite that moved, and an unknown config key are
+found without running anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from detectron2.config import CfgNode, get_cfg
+
+from projects.kd import add_kd_config
+from projects.kd.config.config_files import check_override
+from projects.kd.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    *(
+        ROOT / name
+        for name in ("README.md", "GETTING_STARTED.md", "CONTRIBUTING.md", "MODEL_ZOO.md")
+    ),
+    ROOT / "datasets/README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+SHELL = ("export", "cd", "source", "git", "pip")  # what is not ours
+# What stands for something of the reader's; and files that only exist after a run.
+STANDS_FOR = re.compile(r"\.\.\.|^(CONFIG|STUDENT|TEACHER|FOLDER|FILE)$")
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a page: those of fenced blocks of a shell, and of indented blocks."""
+    blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    blocks += re.findall(
+        r"(?:^    (?:python|kd-\w+|make) .*\n(?:^     .*\n)*)+", text, re.MULTILINE
+    )
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+
+
+ALL = [(page, line) for page in PAGES for line in commands(page.read_text(encoding="utf-8"))]
+
+
+class Parsed(BaseException):
+    """What a program was asked for."""
+
+    def __init__(self, args: argparse.Namespace):
+        super().__init__()
+        self.namespace = args
+
+
+@pytest.fixture(scope="module")
+def keys() -> CfgNode:
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    return cfg
+
+
+@pytest.fixture
+def parse(monkeypatch, tmp_path):
+    """Function of the words of a command: what its program parsed them to."""
+    whole = argparse.ArgumentParser.parse_args
+
+    def stop(parser, args=None, namespace=None):
+        raise Parsed(whole(parser, args, namespace))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.chdir(tmp_path)  # some flags make the folder that they name
+
+    def run(words: list[str]) -> argparse.Namespace:
+        monkeypatch.setattr(sys, "argv", words)
+        before = list(sys.path)
+        try:
+            if words[0].endswith(".py"):
+                runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+            else:
+                module, _, function = scripts()[words[0]].partition(":")
+                getattr(importlib.import_module(module), function)()
+        except Parsed as parsed:
+            return parsed.namespace
+        finally:
+            sys.path[:] = before
+        raise AssertionError("the program did not parse its flags")
+
+    return run
+
+
+def scripts() -> dict[str, str]:
+    """The commands that an installation has."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = re.search(r"^\[project\.scripts\]\n((?:.+\n)+)", text, re.MULTILINE)
+    return dict(re.findall(r'^([\w-]+) = "(.+)"', section[1], re.MULTILINE))
+
+
+def test_commands_are_found():
+    names = {page.name for page, _ in ALL}
+    assert {"README.md", "GETTING_STARTED.md", "training.md", "icd.md"} <= names
+    assert commands("```bash\nA=1 python a.py \\\n  --b  # c\n```\n") == [
+        "A=1 python a.py    --b  # c"
+    ]
+    assert commands("text\n\n    python a.py x \\\n        y\n\nmore\n") == [
+        "python a.py x          y"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("page", "line"), ALL, ids=[f"{page.stem}:{line[:50]}" for page, line in ALL]
+)
+def test_command(page, line, parse, keys, capsys):
+    words = shlex.split(line, comments=True)
+    while words and re.match(r"\w+=", words[0]):  # variables in front
+        words.pop(0)
+    if not words or words[0] in SHELL:
+        return
+    if words[0] == "torchrun":
+        words = ["python", *words[words.index("train_net.py") :]]
+    if words[0] == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        targets = [word for word in words[1:] if "=" not in word]
+        assert targets and all(f"\n{target}:" in makefile for target in targets), line
+        return
+    if words[0] == "python":
+        words.pop(0)
+    assert words[0].endswith(".py") or words[0] in scripts(), f"{page.name}: {line}"
+    for word in words:
+        if re.match(r"(configs|tools|datasets|dev)/[\w./+-]+\.(yaml|py)$", word):
+            assert (ROOT / word).exists(), f"{page.name}: {word} does not exist"
+    if "-h" in words or "--help" in words:
+        with pytest.raises(SystemExit, match="0"):
+            parse(words)
+        return
+    try:
+        args = parse(
+            [word for word in words if not STANDS_FOR.search(word)] if "..." in words else words
+        )
+    except (SystemExit, ConfigError) as error:
+        pytest.fail(f"{page.name}: {line}\n{error} {capsys.readouterr().err}")
+    opts = list(getattr(args, "opts", None) or [])
+    assert len(opts) % 2 == 0, f"{page.name}: {opts} are no pairs"
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        check_override(key, value, keys, f"{page.name}: {line}")
+
+
+def test_paths_in_the_text_exist():
+    """Files and folders of this repository that pages name between backticks."""
+    lost = []
+    for page in PAGES:
+        for path in re.findall(
+            r"`((?:configs|tools|datasets|projects|dev|docs|tests)/[\w./*+-]+)", page.read_text()
+        ):
+            if not list(ROOT.glob(path.rstrip("/"))) and not made_by_a_run(path):
+                lost.append(f"{page.relative_to(ROOT)}: {path}")
+    assert not lost
+
+
+def made_by_a_run(path: str) -> bool:
+    """Data sets lie beside their descriptions once they are made."""
+    return path.startswith("datasets/") and not path.endswith((".py", ".md"))
+
+
+def test_links_outside_the_site_lead_somewhere():
+    """Links of the pages that the site does not hold (it checks its own), anchors included."""
+    lost = []
+    for page in PAGES:
+        if page.is_relative_to(ROOT / "docs"):
+            continue
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            target, _, anchor = link.partition("#")
+            if "://" in link:
+                continue
+            file = (page.parent / target) if target else page
+            if not file.exists() or (anchor and anchor not in anchors(file)):
+                lost.append(f"{page.relative_to(ROOT)}: {link}")
+    assert not lost
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that headings have in rendered Markdown."""
+    titles = re.findall(
+        r"^#+ (.+?)(?: \{#[\w-]+\})?$", page.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_short_pages_stay_short():
+    for name in ("README.md", "MODEL_ZOO.md"):
+        assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 150, name
