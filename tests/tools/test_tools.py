@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import kd_models
 import numpy as np
@@ -133,6 +134,14 @@ def test_calibrate_equals_gradients_of_a_backward_pass(config, folder, capsys):
         assert entry["suggested_weight"] == pytest.approx(weight * 0.25 / share, rel=1e-4)
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("loss_box_reg", "FGFI", "suggested"))
+
+
+def test_calibrate_names_heads_that_it_measures_with_random_modules():
+    heads = torch.nn.ModuleDict({"CWD": torch.nn.Conv2d(1, 1, 1), "PKD": torch.nn.Identity()})
+    text = calibration.untrained(SimpleNamespace(heads=heads))
+    assert text.startswith("CWD: measured with random modules") and "KD.BALANCE" in text
+    del heads["CWD"]
+    assert calibration.untrained(SimpleNamespace(heads=heads)) == ""
 
 
 def test_calibrate_at_the_suggested_weight_reaches_the_target(config):
