@@ -7,8 +7,8 @@ from detectron2.modeling import build_model
 from segmentation import NETWORKS, label_batch, segmentor_cfg
 
 from projects.kd import ConfigError, DataError
+from projects.kd.detectors import taps_for
 from projects.kd.heads.base import head_class
-from projects.kd.taps import taps_for
 from projects.kd.teacher import build_teacher
 
 PAIRS = [

@@ -12,8 +12,9 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from projects.kd import ConfigError, TapSpec, register_taps
-from projects.kd.taps import FeatureTaps, architectures_with, class_key, tapped_module, taps_for
+from projects.kd import ConfigError, TapSpec, register_detector
+from projects.kd.detectors import architectures_with, class_key, tapped_module, taps_for
+from projects.kd.taps import FeatureTaps
 
 ARCHS = ("RetinaNet", "GeneralizedRCNN")
 
@@ -121,8 +122,8 @@ def test_subclasses_inherit_and_extend_taps():
     class TapDerived(TapBase):
         pass
 
-    register_taps("TapBase", features=TapSpec("backbone"), other=TapSpec("a"))
-    register_taps("TapDerived", other=TapSpec("b"))
+    register_detector("TapBase", taps={"features": TapSpec("backbone"), "other": TapSpec("a")})
+    register_detector("TapDerived", taps={"other": TapSpec("b")})
     assert {name: spec.path for name, spec in taps_for(TapBase()).items()} == {
         "features": "backbone",
         "other": "a",

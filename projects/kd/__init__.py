@@ -1,28 +1,18 @@
 """Knowledge distillation for detectron2 detectors.
 
-Importing this package registers the training wrapper, the imitation heads, the timm backbones,
-Conditional DETR and the built-in data sets.
+Importing this package registers the training wrapper, the imitation heads, detectors, backbones,
+evaluators and the built-in data sets: each folder registers what it holds.
 """
 
-from . import detectors  # noqa: F401
-from . import evaluation as _evaluation  # noqa: F401
+from . import data, evaluation, modeling
 from .check import check_config
 from .config import add_kd_config, head_node, load_config, register_config
 from .context import DistillContext, ModelInfo
-from .data import detr_augmentation as _detr_augmentation  # noqa: F401
-from .data import register as _register  # noqa: F401
+from .detectors import register_detector
 from .distiller import DistillMetaArch, build_training_model, student_of
 from .errors import ConfigError, DataError
 from .heads import IMITATION_HEAD_REGISTRY, ImitationHead, build_adapters
-from .modeling import conditional_detr as _conditional_detr  # noqa: F401
-from .modeling import dilated as _dilated  # noqa: F401
-from .modeling import fcos as _fcos  # noqa: F401
-from .modeling import gfl as _gfl  # noqa: F401
-from .modeling import pspnet as _pspnet  # noqa: F401
-from .modeling import pyramids as _pyramids  # noqa: F401
-from .modeling import reppoints as _reppoints  # noqa: F401
-from .modeling import timm_fpn as _timm_fpn  # noqa: F401
-from .taps import TapSpec, register_class_key, register_pseudo_anchors, register_taps
+from .taps import TapSpec
 from .teacher import Teacher, build_teacher
 
 __all__ = [
@@ -40,11 +30,12 @@ __all__ = [
     "build_teacher",
     "build_training_model",
     "check_config",
+    "data",
+    "evaluation",
     "head_node",
     "load_config",
-    "register_class_key",
+    "modeling",
     "register_config",
-    "register_pseudo_anchors",
-    "register_taps",
+    "register_detector",
     "student_of",
 ]

@@ -12,6 +12,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from .config.key_checks import check_values
 from .data.classes import check_class_names
 from .data.needs import check_data_sets
+from .detectors import class_key, class_names_of, configured_classes
 from .distiller import DistillMetaArch
 from .errors import ConfigError, did_you_mean
 from .evaluation.tiles import check_tiles
@@ -19,7 +20,6 @@ from .files import require_pickles, resolve_config, resolve_weights
 from .heads.base import head_class
 from .precision import cpu_computes_bfloat16
 from .schedule import build_ramp
-from .taps import class_key, class_names_of, configured_classes
 
 logger = logging.getLogger(__name__)
 

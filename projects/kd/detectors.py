@@ -1,71 +1,167 @@
-"""What detectron2's own detectors offer to distillation (ours register beside their meta-arch)."""
+"""What distillation knows of each detector, said in one call beside its meta-arch::
+
+    register_detector(
+        "RetinaNet",
+        taps={"features": TapSpec("backbone"), "dense": dense_tap("logits", "boxes")},
+        class_key="MODEL.RETINANET.NUM_CLASSES",
+        predictor=RetinaNetPredictor,
+    )
+
+detectron2's own detectors are in ``modeling/stock.py``.
+"""
 
 from __future__ import annotations
 
-from .predict import register_predictor
-from .predict.cascade import CascadePredictor
-from .predict.outputs import dense_tap, named
-from .predict.rcnn import RCNNPredictor
-from .predict.retinanet import RetinaNetPredictor
-from .taps import TapSpec, register_class_key, register_pseudo_anchors, register_taps
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import nn
+
+from .errors import ConfigError
+from .taps import TapSpec, resolve_tap
 
 
-def _run_sem_seg_head(model, features):
-    head = model.sem_seg_head
-    getattr(head, "layers", head)(features)  # without the upsampling, where it can be left out
+@dataclass
+class _Detector:
+    taps: dict[str, TapSpec] = field(default_factory=dict)
+    class_key: str | None = None
+    class_names: str = "thing_classes"
+    pseudo_anchors: float | None = None
+    predictors: list[type] = field(default_factory=list)
 
 
-def _run_rpn_head(model, features):
-    rpn = model.proposal_generator
-    rpn.rpn_head([features[level] for level in rpn.in_features])
+_DETECTORS: dict[str, _Detector] = {}
 
 
-_SHARED = {"features": TapSpec("backbone"), "bottom_up": TapSpec("backbone.bottom_up")}
+def register_detector(
+    arch: str,
+    *,
+    taps: Mapping[str, TapSpec] = MappingProxyType({}),
+    class_key: str | None = None,
+    class_names: str = "thing_classes",
+    pseudo_anchors: float | None = None,
+    predictor: type | None = None,
+) -> None:
+    """Say what a meta-arch offers to distillation; a second call adds to the first.
 
-# DenseDetector is the base class of RetinaNet and FCOS.
-register_taps("DenseDetector", **_SHARED, dense=dense_tap("logits", "boxes", "centreness"))
-# ``rpn`` gives objectness as logits, and boxes;
-# ``box`` class logits (R, K + 1) and deltas (R, K * 4) of the sampled proposals, in their order, of
-# a cascade a list over its stages;
-# ``mask_logits`` (R, K, h, w) and ``keypoint_logits`` (R, points, h, w) are those of the foreground
-# ones. All but ``rpn`` are there in the student's training step only.
-register_taps(
-    "GeneralizedRCNN",
-    **_SHARED,
-    rpn=TapSpec("proposal_generator.rpn_head", run=_run_rpn_head, select=named("logits", "boxes")),
-    box=TapSpec("roi_heads.box_predictor"),
-    sampled_proposals=TapSpec("roi_heads", select=lambda outputs: outputs[0]),
-    mask_logits=TapSpec("roi_heads.mask_head.predictor"),
-    keypoint_logits=TapSpec("roi_heads.keypoint_head.score_lowres"),
-)
+    Args:
+        arch: class name of the meta-arch. Subclasses inherit taps, pseudo anchors and predictors.
+        taps: tap name to place. ``features`` (the backbone, giving a dict of levels) is needed for
+            every feature head; ``dense`` are per-level head outputs
+            (:func:`~projects.kd.predict.outputs.dense_tap`); other names are free.
+        class_key: the config key that holds its number of classes, e.g.
+            "MODEL.RETINANET.NUM_CLASSES" (checked against the data set).
+        class_names: the data set's metadata that lists these classes, "thing_classes" or (classes
+            of pixels) "stuff_classes".
+        pseudo_anchors: side, in strides of a level, of square anchors for imitation masks; for
+            detectors without anchors, or whose own say nothing about the size of objects.
+        predictor: a :class:`~projects.kd.predict.Predictor`, for heads on predictions. Several may
+            be registered for one meta-arch; the first that ``fits`` the model is taken.
+    """
+    own = _DETECTORS.setdefault(arch, _Detector())
+    own.taps.update(taps)
+    if class_key is not None:
+        own.class_key, own.class_names = class_key, class_names
+    if pseudo_anchors is not None:
+        own.pseudo_anchors = float(pseudo_anchors)
+    if predictor is not None:
+        own.predictors.append(predictor)
 
-register_predictor("RetinaNet", RetinaNetPredictor)
-register_predictor("GeneralizedRCNN", RCNNPredictor)
-register_predictor("GeneralizedRCNN", CascadePredictor)
 
-# SemSegFPNHead, DeepLab's heads and PSPNetHead end in a 1x1 convolution ``predictor``: ``sem_seg``
-# are its logits before upsampling, ``decoder`` is what it reads.
-_SEGMENTATION = {
-    "sem_seg": TapSpec(
-        "sem_seg_head.predictor",
-        run=_run_sem_seg_head,
-        channels=lambda model: model.sem_seg_head.predictor.out_channels,
-    ),
-    "decoder": TapSpec(
-        "sem_seg_head.predictor",
-        run=_run_sem_seg_head,
-        take_input=True,
-        channels=lambda model: model.sem_seg_head.predictor.in_channels,
-    ),
-}
-register_taps("SemanticSegmentor", features=TapSpec("backbone"), **_SEGMENTATION)
-register_taps("PanopticFPN", **_SEGMENTATION)
+def _lineage(cls: type) -> Iterator[_Detector]:
+    """What is registered for a class and its bases, nearest first."""
+    return (_DETECTORS[base.__name__] for base in cls.__mro__ if base.__name__ in _DETECTORS)
 
-register_class_key("SemanticSegmentor", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "stuff_classes")
-register_class_key("RetinaNet", "MODEL.RETINANET.NUM_CLASSES")
-register_class_key("GeneralizedRCNN", "MODEL.ROI_HEADS.NUM_CLASSES")
-register_class_key("PanopticFPN", "MODEL.ROI_HEADS.NUM_CLASSES")
 
-# FCOS has one square of one stride a location, whose best IoU only marks the coarsest level; ATSS
-# and GFL place squares of eight strides.
-register_pseudo_anchors("FCOS", 8.0)
+def taps_for(model: nn.Module | type) -> dict[str, TapSpec]:
+    """The taps that a detector (or its class) and its base classes registered.
+
+    Raises:
+        ConfigError: nothing is registered for it; lists the architectures that are.
+    """
+    cls = model if isinstance(model, type) else type(model)
+    found: dict[str, TapSpec] = {}
+    for registered in reversed(list(_lineage(cls))):
+        found.update(registered.taps)
+    if not found:
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE {cls.__name__} has no registered taps (register_detector "
+            f"beside the meta-arch); known: {architectures_with(())}"
+        )
+    return found
+
+
+def offers(arch: str, name: str) -> bool:
+    """Whether a meta-arch, by its name in META_ARCH_REGISTRY, has a tap."""
+    if arch not in META_ARCH_REGISTRY:
+        return False
+    cls = META_ARCH_REGISTRY.get(arch)
+    return isinstance(cls, type) and any(name in x.taps for x in _lineage(cls))
+
+
+def architectures_with(names: Iterable[str]) -> list[str]:
+    """Registered meta-archs that offer all taps in ``names``, and one at least."""
+    wanted = set(names)
+    return sorted(arch for arch, x in _DETECTORS.items() if x.taps and wanted <= set(x.taps))
+
+
+def tapped_module(model: nn.Module, name: str) -> nn.Module:
+    """The submodule of a detector that a registered tap reads.
+
+    Raises:
+        ConfigError: a tap or a submodule that the detector does not have.
+    """
+    specs = taps_for(model)
+    if name not in specs:
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE {type(model).__name__} registered no tap '{name}'; "
+            f"it has {', '.join(sorted(specs))} (register_detector)"
+        )
+    return model.get_submodule(resolve_tap(model, name, specs[name]))
+
+
+def class_key(arch: str) -> str | None:
+    """The config key of a meta-arch's number of classes, or None."""
+    return _DETECTORS[arch].class_key if arch in _DETECTORS else None
+
+
+def configured_classes(cfg, arch: str | type) -> int | None:
+    """The number of classes that a config gives a meta-arch, by its registered key.
+
+    Args:
+        cfg: the config of the detector.
+        arch: the name in the registry, or the class, whose bases are asked as well.
+
+    Returns:
+        None where no ``class_key`` is registered for it.
+    """
+    names = [arch] if isinstance(arch, str) else [base.__name__ for base in arch.__mro__]
+    key = next((class_key(name) for name in names if class_key(name) is not None), None)
+    if key is None:
+        return None
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def class_names_of(arch: str) -> str:
+    """The metadata that lists a meta-arch's classes; "thing_classes" where nothing else is said."""
+    return _DETECTORS[arch].class_names if arch in _DETECTORS else "thing_classes"
+
+
+def pseudo_anchors(model: nn.Module) -> float | None:
+    """The ``pseudo_anchors`` of a detector or the nearest base class, or None."""
+    found = (x.pseudo_anchors for x in _lineage(type(model)))
+    return next((strides for strides in found if strides is not None), None)
+
+
+def predictors_of(cls: type) -> list[type]:
+    """Predictors of a meta-arch and its bases, nearest first, in the order of registration."""
+    return [predictor for x in _lineage(cls) for predictor in x.predictors]
+
+
+def known_predictors() -> list[type]:
+    """All that are registered."""
+    return [predictor for x in _DETECTORS.values() for predictor in x.predictors]

@@ -15,6 +15,7 @@ from .balance import ShareController, build_balance
 from .building import build_detector
 from .context import DistillContext, ModelInfo
 from .data.classes import compare_with_teacher
+from .detectors import taps_for
 from .errors import ConfigError, DataError
 from .heads.base import build_imitation_heads
 from .levels import (
@@ -27,7 +28,7 @@ from .levels import (
 )
 from .modeling.narrow_maps import guard_narrow_maps
 from .schedule import Ramp, build_ramp
-from .taps import FeatureTaps, taps_for
+from .taps import FeatureTaps
 from .teacher import Teacher, build_teacher
 
 

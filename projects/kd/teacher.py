@@ -19,10 +19,11 @@ from .config import DTYPES, load_config
 from .config.key_checks import TEACHER_KEYS, check_each
 from .context import ModelInfo
 from .data.register import names_by_kind
+from .detectors import taps_for
 from .errors import ConfigError, UserError, did_you_mean
 from .files import MODEL_ZOO_PREFIX, resolve_config, zoo_weights_url
 from .modeling.narrow_maps import guard_narrow_maps
-from .taps import FeatureTaps, taps_for
+from .taps import FeatureTaps
 from .weight_files import modules_in
 from .weights import load_weights
 

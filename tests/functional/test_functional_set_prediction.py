@@ -20,7 +20,8 @@ from projects.kd.functional.set_prediction import (
     sigmoid_focal_loss,
     xyxy_to_cxcywh,
 )
-from projects.kd.modeling.set_criterion import SetCriterion, Targets, named, to_matches
+from projects.kd.functional.set_targets import Targets, to_matches
+from projects.kd.modeling.set_criterion import SetCriterion, named
 
 
 def boxes(count, seed=0):

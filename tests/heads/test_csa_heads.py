@@ -15,10 +15,11 @@ from kd_testing import CHANNELS, toy_retinanet
 from prediction_contract import prediction_context
 from torch import nn
 
+from projects.kd import detectors
 from projects.kd.analysis.assistant import AssistantDetector
+from projects.kd.detectors import register_detector
 from projects.kd.errors import ConfigError
-from projects.kd.predict import base as registry
-from projects.kd.predict import predictor_for, register_predictor, with_modules
+from projects.kd.predict import predictor_for, with_modules
 from projects.kd.predict.retinanet import RetinaNetPredictor
 
 SMALL = {"KD__CSA__DIM": 16, "KD__CSA__HEADS": 4, "SOLVER__MAX_ITER": 90}
@@ -350,8 +351,8 @@ def test_a_predictor_of_ones_own_may_name_no_modules(monkeypatch):
         name = "Silent"
         modules = ()
 
-    monkeypatch.setattr(registry, "_PREDICTORS", {})
-    register_predictor("RetinaNet", Silent)
+    monkeypatch.setattr(detectors, "_DETECTORS", {})
+    register_detector("RetinaNet", predictor=Silent)
     assert build(HEAD="student").head.parts is None
     with pytest.raises(ConfigError, match=r"^KD\.CSA\.HEAD 'copy': .*Silent.*Predictor\.modules"):
         build(HEAD="copy")

@@ -13,10 +13,10 @@ from kd_testing import CHANNELS, head_cfg
 from projects.kd.errors import ConfigError, TrainingError
 from projects.kd.functional.d3etr import attention_loss, prediction_loss
 from projects.kd.functional.set_prediction import assign
+from projects.kd.functional.set_targets import Targets, to_matches
 from projects.kd.heads import build_imitation_heads
 from projects.kd.heads import d3etr as d3etr_module
 from projects.kd.heads.d3etr import Pairs
-from projects.kd.modeling.set_criterion import Targets, to_matches
 
 TERMS = {f"loss_kd_d3etr_{name}" for name in ("pred", "self", "cross")}
 RAGGED = {"sizes": ((40, 56), (64, 33)), "canvas": (64, 64)}

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from detectron2.structures import ImageList
 from kd_models import CLASSES, build, losses_at, make_batch, tiny_cfg, train_steps
 
+from projects.kd.detectors import taps_for
 from projects.kd.engine.optim import build_optimizations
 from projects.kd.errors import DataError
 from projects.kd.modeling.conditional_detr_transformer import (
@@ -16,7 +17,7 @@ from projects.kd.modeling.conditional_detr_transformer import (
     image_positions,
     sine_features,
 )
-from projects.kd.taps import FeatureTaps, taps_for
+from projects.kd.taps import FeatureTaps
 
 ARCH = "ConditionalDETR"
 SIZES = ((64, 96), (90, 60))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
@@ -10,15 +12,15 @@ from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from kd_testing import toy_retinanet
 from torch import nn
 
+from projects.kd import detectors
+from projects.kd.detectors import register_detector
 from projects.kd.errors import ConfigError
 from projects.kd.predict import (
     AnchorMatch,
     Predictor,
     call_constant,
     predictor_for,
-    register_predictor,
 )
-from projects.kd.predict import base as registry
 from projects.kd.predict.dense import decode, flatten_cells, match_anchors, unflatten_cells
 from projects.kd.predict.retinanet import normaliser_at_rest
 
@@ -164,15 +166,17 @@ def test_registration_by_meta_arch_base_class_and_fit(monkeypatch):
     class Any(Predictor):
         name = "detectors"
 
-    monkeypatch.setattr(registry, "_PREDICTORS", {})
+    monkeypatch.setattr(detectors, "_DETECTORS", {})
     with pytest.raises(ConfigError, match="CSA does not work with the student Derived with Ident"):
         predictor_for(Derived(), "CSA")
-    register_predictor("Arch", Large)
+    register_detector("Arch", predictor=Large)
     with pytest.raises(ConfigError, match="the teacher Arch .*; it works with large detectors"):
         predictor_for(Arch(), "OutputKD", "teacher")
-    register_predictor("Arch", Any)
+    register_detector("Arch", predictor=Any)
     assert type(predictor_for(Derived())) is Any
     model = Derived()
     model.large = True
     found = predictor_for(model)
     assert type(found) is Large and found.model is model
+    assert predictor_for(model) is found, "made once"
+    assert predictor_for(copy.deepcopy(model)).model is not model

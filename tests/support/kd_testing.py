@@ -23,8 +23,7 @@ from projects.kd import (
     ModelInfo,
     TapSpec,
     add_kd_config,
-    register_class_key,
-    register_taps,
+    register_detector,
 )
 from projects.kd.predict import DenseOutputs
 
@@ -128,8 +127,11 @@ class Stages(Mapping):
         return len(self.features)
 
 
-register_class_key("ToyDetector", "MODEL.RETINANET.NUM_CLASSES")
-register_taps("ToyDetector", features=TapSpec("backbone"), bottom_up=TapSpec("backbone.bottom_up"))
+register_detector(
+    "ToyDetector",
+    taps={"features": TapSpec("backbone"), "bottom_up": TapSpec("backbone.bottom_up")},
+    class_key="MODEL.RETINANET.NUM_CLASSES",
+)
 
 
 def toy_info(

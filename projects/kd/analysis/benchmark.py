@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from detectron2.structures import Boxes, ImageList, pairwise_iou
 
+from ..detectors import configured_classes, offers
 from ..distiller import build_training_model
 from ..engine.optim import build_optimizations
 from ..levels import scaled_size
 from ..predict import predictor_for
-from ..taps import configured_classes, offers
 from .measure import random_batch, settle_norms
 
 

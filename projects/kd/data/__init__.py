@@ -1,1 +1,5 @@
-"""Data sets, their registration and checks, and the loading of training batches."""
+"""Data sets, mappers and loaders; importing this registers the built-in ones and their keys."""
+
+from . import detr_augmentation, ignored_regions, images, register
+
+__all__ = ["detr_augmentation", "ignored_regions", "images", "register"]

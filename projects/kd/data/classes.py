@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..detectors import class_names_of, offers
 from ..errors import ConfigError
-from ..taps import class_names_of, offers
 from .register import KINDS
 
 logger = logging.getLogger(__name__)

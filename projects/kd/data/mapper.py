@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from detectron2.config import CfgNode
 
+from ..detectors import offers
 from ..errors import DataError
-from ..taps import offers
 from .detr_augmentation import detr_augmentations
 from .ignored_regions import TrainMapper
 from .labels import UNREADABLE, UsableLabels, check_label_size, crop_after_resize

@@ -25,10 +25,10 @@ from detectron2.utils import comm
 
 from ..data.image_mapper import ImageMapper
 from ..data.mapper import NamedErrors
+from ..detectors import class_names_of
 from ..errors import ConfigError
 from ..files import require_pickles
 from ..stopping import AgreeingEvaluator, UntilStopped
-from ..taps import class_names_of
 from .detection_evaluator import DetectionEvaluator
 from .sem_seg_evaluator import SemanticEvaluator
 from .tiles import TiledDetector

@@ -1,5 +1,6 @@
 """Imitation heads; importing this package registers them."""
 
+from ..functional.ranks import mean_over_ranks
 from . import (  # noqa: F401
     at,
     csa,
@@ -27,7 +28,6 @@ from .base import (
     build_adapters,
     build_imitation_heads,
     choose_levels,
-    mean_over_ranks,
 )
 
 __all__ = [

@@ -6,16 +6,15 @@ import logging
 from collections.abc import Iterable, Sequence
 
 import torch
-from detectron2.utils import comm
 from detectron2.utils.logger import log_first_n
 from detectron2.utils.registry import Registry
 from torch import nn
 
 from ..adapters import align_spatial, build_adapter
 from ..context import DistillContext, ModelInfo
+from ..detectors import architectures_with
 from ..errors import ConfigError
 from ..levels import default_levels, describe
-from ..taps import architectures_with
 
 IMITATION_HEAD_REGISTRY = Registry("IMITATION_HEAD")
 IMITATION_HEAD_REGISTRY.__doc__ = """
@@ -146,19 +145,6 @@ def adapt(student: torch.Tensor, mask: torch.Tensor | None, adapter: nn.Module |
         # zeroed before a convolution looks across the border of the valid area
         student = student.masked_fill(~mask, 0.0)
     return adapter(student)
-
-
-def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """The mean of a tensor over all processes (itself in a single one); carries no gradient.
-
-    A loss divided by the mean of the processes' normalisers has, after DDP has averaged gradients,
-    the gradient of the sum over all processes divided by the sum of the normalisers.
-    """
-    if comm.get_world_size() == 1:
-        return value.detach()
-    total = value.detach().clone()
-    torch.distributed.all_reduce(total)
-    return total / comm.get_world_size()
 
 
 def head_name(cls: type) -> str:

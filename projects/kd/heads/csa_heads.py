@@ -51,6 +51,7 @@ class AssistantHead(nn.Module):
             # a run that resumes must not take the student's head again
             self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         self._average = MovingAverage(decay)
+        self._view = None  # the student, and the predictor of it with this head
         self._started = False  # what the buffer said: it costs a transfer to ask
         self.register_load_state_dict_post_hook(_ask_again)
 
@@ -82,8 +83,11 @@ class AssistantHead(nn.Module):
         """Of the student with this head in place of its own."""
         if self.kind == "student":
             return predictor_for(ctx.student)
-        source = self._of(ctx.teacher.model) if self.parts is None else self.parts
-        return predictor_for(with_modules(ctx.student, dict(zip(self.paths, source, strict=True))))
+        if self._view is None or self._view[0] is not ctx.student:
+            source = self._of(ctx.teacher.model) if self.parts is None else self.parts
+            view = with_modules(ctx.student, dict(zip(self.paths, source, strict=True)))
+            self._view = ctx.student, predictor_for(view)
+        return self._view[1]
 
     def predict(self, ctx: DistillContext, features: Mapping[str, torch.Tensor], assigned):
         """:meth:`Predictor.predict` by this head; "copy" alone gets gradients of its own."""

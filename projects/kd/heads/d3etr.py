@@ -11,10 +11,9 @@ from torch import nn
 from ..context import DistillContext
 from ..functional.d3etr import attention_loss, layer_map, matching_cost, top_queries
 from ..functional.kd_detr import random_queries
+from ..functional.decoded import Attention, Decoded
 from ..functional.set_prediction import assign
-from ..modeling.conditional_detr import Decoded
-from ..modeling.conditional_detr_transformer import Attention
-from ..modeling.set_criterion import Targets, to_matches
+from ..functional.set_targets import Targets, to_matches
 from .base import IMITATION_HEAD_REGISTRY, ImitationHead
 from .d3etr_keys import PRED_FORMS, check_node
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..adapters import build_adapter
 from ..config import head_node, register_config
 from ..context import DistillContext, ModelInfo
+from ..detectors import pseudo_anchors
 from ..errors import ConfigError, DataError, require_one_of
 from ..functional.fgfi import (
     AnchorGrid,
@@ -21,8 +22,8 @@ from ..functional.fgfi import (
     grid_masks,
     imitation_error,
 )
-from ..taps import pseudo_anchors
-from .base import IMITATION_HEAD_REGISTRY, ImitationHead, choose_levels, mean_over_ranks
+from ..functional.ranks import mean_over_ranks
+from .base import IMITATION_HEAD_REGISTRY, ImitationHead, choose_levels
 
 SCOPES = ("joint", "per_level")
 ADAPTERS = ("conv3x3", "conv1x1", "none")

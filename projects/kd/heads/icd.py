@@ -13,6 +13,7 @@ from torch import nn
 from ..config import head_node, register_config
 from ..context import DistillContext, ModelInfo
 from ..data.priors import BoxPriors, dataset_priors, uniform_priors
+from ..detectors import configured_classes
 from ..errors import ConfigError, require_one_of
 from ..functional.icd import (
     Priors,
@@ -21,7 +22,6 @@ from ..functional.icd import (
     summed_attention,
 )
 from ..functional.icd_values import value_distance
-from ..taps import configured_classes
 from .base import IMITATION_HEAD_REGISTRY, ImitationHead, common_width
 from .fgfi import FGFI, student_anchors
 from .icd_decoder import Cells, InstanceDecoder, Read, project
@@ -304,7 +304,7 @@ def _num_classes(cfg, student: ModelInfo) -> int:
             return len(classes)
     raise ConfigError(
         f"KD.HEADS: ICD cannot tell the number of classes of {student.arch}; "
-        "call register_class_key beside the meta-arch"
+        "call register_detector beside the meta-arch"
     )
 
 

@@ -6,9 +6,9 @@ import torch
 
 from ..config import head_node, register_config
 from ..context import DistillContext, ModelInfo
+from ..detectors import configured_classes
 from ..errors import ConfigError, DataError, require_one_of
 from ..functional.ifvd import box_labels, ifvd_loss, resize_labels
-from ..taps import configured_classes
 from .base import IMITATION_HEAD_REGISTRY
 from .targets import MapImitation
 
@@ -102,5 +102,5 @@ def _box_classes(cfg, student: ModelInfo) -> int:
         return number
     raise ConfigError(
         f"KD.IFVD.LABELS: the number of classes of {student.arch} is not known; "
-        "call register_class_key beside the meta-arch"
+        "call register_detector beside the meta-arch"
     )

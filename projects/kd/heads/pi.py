@@ -8,7 +8,8 @@ from ..config import head_node, register_config
 from ..context import DistillContext
 from ..errors import ConfigError, require_one_of
 from ..functional.pi import REDUCTIONS, bernoulli_pi_loss, pi_loss, teacher_confidence
-from .base import IMITATION_HEAD_REGISTRY, mean_over_ranks
+from ..functional.ranks import mean_over_ranks
+from .base import IMITATION_HEAD_REGISTRY
 from .targets import MapImitation
 
 

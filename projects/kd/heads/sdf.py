@@ -14,10 +14,10 @@ from torch import nn
 from ..adapters import align_spatial, build_adapter
 from ..config import head_node, register_config
 from ..context import DistillContext, ModelInfo
+from ..detectors import tapped_module
 from ..errors import ConfigError, require_one_of
 from ..functional.mimic import mimic_loss
 from ..functional.sdf import spread
-from ..taps import tapped_module
 from .average import MovingAverage
 from .base import IMITATION_HEAD_REGISTRY, ImitationHead
 from .sdf_decoupler import ScaleDecoupler

@@ -8,8 +8,8 @@ from torch import nn
 
 from ..adapters import build_adapter
 from ..context import DistillContext, ModelInfo
+from ..detectors import architectures_with, taps_for
 from ..errors import ConfigError, require_one_of
-from ..taps import architectures_with, taps_for
 from .base import ImitationHead, adapt, build_adapters, choose_levels, head_name
 
 # "features": backbone outputs by level. "dense": classification logits of a one-stage head by

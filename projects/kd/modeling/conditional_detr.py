@@ -11,7 +11,6 @@ as shares of the unpadded image.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -23,11 +22,14 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
 from ..config import register_config
+from ..detectors import register_detector
 from ..errors import ConfigError, DataError
+from ..functional.decoded import Decoded, Memory
 from ..functional.set_prediction import cxcywh_to_xyxy
-from ..taps import TapSpec, register_class_key, register_taps
-from .conditional_detr_transformer import MLP, Attention, Memory, Transformer
-from .set_criterion import SetCriterion, Targets, named
+from ..functional.set_targets import Targets
+from ..taps import TapSpec
+from .conditional_detr_transformer import MLP, Transformer
+from .set_criterion import SetCriterion, named
 
 
 @register_config
@@ -49,26 +51,6 @@ def add_conditional_detr_config(cfg) -> None:
     node.CLS_WEIGHT = 2.0
     node.L1_WEIGHT = 5.0
     node.GIOU_WEIGHT = 2.0
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What the decoder says about one group of queries, in all its layers.
-
-    Attributes:
-        logits: (L, N, Q, K), before the sigmoid.
-        boxes: (L, N, Q, 4) fp32.
-        memory: what was attended to; another group can be decoded from it.
-        self_attention, cross_attention: per layer; None unless asked for.
-        autocast: precision in which it was computed, None without autocast.
-    """
-
-    logits: torch.Tensor
-    boxes: torch.Tensor
-    memory: Memory
-    self_attention: list[Attention] | None = None
-    cross_attention: list[Attention] | None = None
-    autocast: torch.dtype | None = None
 
 
 @META_ARCH_REGISTRY.register()
@@ -256,12 +238,14 @@ def _run_decoder(model: ConditionalDETR, features, images: ImageList) -> None:
     model.decoded(model.decode(model.encode(features, images), keep_attention=True))
 
 
-register_taps(
+register_detector(
     "ConditionalDETR",
-    features=TapSpec("backbone"),
-    decoded=TapSpec("decoded", run=_run_decoder, with_images=True),
+    taps={
+        "features": TapSpec("backbone"),
+        "decoded": TapSpec("decoded", run=_run_decoder, with_images=True),
+    },
+    class_key="MODEL.CONDITIONAL_DETR.NUM_CLASSES",
 )
-register_class_key("ConditionalDETR", "MODEL.CONDITIONAL_DETR.NUM_CLASSES")
 
 
 @BACKBONE_REGISTRY.register()

@@ -13,48 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..functional.decoded import Attention, Memory
+
 TEMPERATURE = 10000
-
-
-@dataclass(frozen=True)
-class Attention:
-    """What an attention map is made of; the map itself exists only when :meth:`map` is called.
-
-    Attributes:
-        query: (N, M, Q, d).
-        key: (N, M, K, d).
-        valid: (N, K) bool, False for keys in the padding of a batch; None = all are valid.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    valid: torch.Tensor | None = None
-
-    def map(self) -> torch.Tensor:
-        """(N, M, Q, K) in fp32: after the softmax, before dropout; 0 at padded keys."""
-        with torch.autocast(self.query.device.type, enabled=False):
-            query, key = self.query.float(), self.key.float()
-            logits = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
-            if self.valid is not None:
-                logits = logits.masked_fill(~self.valid[:, None, None], float("-inf"))
-            return logits.softmax(-1)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """The encoded image, projected once for every decoder layer and all groups of queries.
-
-    Attributes:
-        keys: per decoder layer (N, M, S, 2 D / M), content and position side by side.
-        values: per decoder layer (N, M, S, D / M).
-        valid: (N, S) bool, None without padding.
-        grid: (rows, columns), S = rows * columns.
-    """
-
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
-    valid: torch.Tensor | None
-    grid: tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch import fcos
 
 from ..config import register_config
-from ..predict import register_predictor
+from ..detectors import register_detector
 from ..predict.fcos import FCOSPredictor
-from ..taps import register_class_key
 
 
 @register_config
@@ -86,5 +85,8 @@ class FCOS(fcos.FCOS):
             return super().losses(anchors, logits, gt_labels, deltas, gt_boxes, centerness)
 
 
-register_class_key("FCOS", "MODEL.FCOS.NUM_CLASSES")
-register_predictor("FCOS", FCOSPredictor)
+# It has one square of one stride a location, whose best IoU only marks the coarsest level: masks
+# take eight strides, as ATSS and GFL do.
+register_detector(
+    "FCOS", class_key="MODEL.FCOS.NUM_CLASSES", pseudo_anchors=8.0, predictor=FCOSPredictor
+)

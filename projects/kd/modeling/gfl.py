@@ -13,6 +13,7 @@ from fvcore.nn import giou_loss
 from torch import nn
 
 from ..config import register_config
+from ..detectors import register_detector
 from ..functional.atss import atss_assign
 from ..functional.gfl import (
     boxes_to_sides,
@@ -21,11 +22,9 @@ from ..functional.gfl import (
     quality_focal_loss,
     sides_to_boxes,
 )
-from ..heads.base import mean_over_ranks
-from ..predict import register_predictor
+from ..functional.ranks import mean_over_ranks
 from ..predict.gfl import GFLPredictor
 from ..predict.outputs import dense_tap
-from ..taps import register_class_key, register_taps
 from .square_anchors import SquareAnchorDetector, points_of, square_anchors
 
 ANCHOR_SCALE = 8.0  # side of the one square anchor a location, in strides (ATSS)
@@ -248,6 +247,9 @@ class GFL(SquareAnchorDetector):
         return self.detect(images, features, logits, bins)
 
 
-register_class_key("GFL", "MODEL.GFL.NUM_CLASSES")
-register_taps("GFL", dense=dense_tap("logits", "bins"))
-register_predictor("GFL", GFLPredictor)
+register_detector(
+    "GFL",
+    taps={"dense": dense_tap("logits", "bins")},
+    class_key="MODEL.GFL.NUM_CLASSES",
+    predictor=GFLPredictor,
+)

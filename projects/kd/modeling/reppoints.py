@@ -11,11 +11,11 @@ from fvcore.nn import sigmoid_focal_loss_jit, smooth_l1_loss
 from torch.nn import functional as F
 
 from ..config import register_config
+from ..detectors import register_detector
 from ..errors import ConfigError
+from ..functional.ranks import mean_over_ranks
 from ..functional.reppoints import assign_by_iou, nearest_point
-from ..heads.base import mean_over_ranks
 from ..predict.outputs import dense_tap
-from ..taps import register_class_key, register_taps
 from .reppoints_head import PointBoxes, RepPointsHead
 from .square_anchors import SquareAnchorDetector, points_of, square_anchors
 
@@ -208,5 +208,8 @@ class RepPoints(SquareAnchorDetector):
         return self.detect(images, features, logits, refined)
 
 
-register_class_key("RepPoints", "MODEL.REPPOINTS.NUM_CLASSES")
-register_taps("RepPoints", dense=dense_tap("logits"))  # its points are read by nothing else
+register_detector(
+    "RepPoints",
+    taps={"dense": dense_tap("logits")},  # its points are read by nothing else
+    class_key="MODEL.REPPOINTS.NUM_CLASSES",
+)

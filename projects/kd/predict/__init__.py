@@ -1,4 +1,4 @@
-"""What a detector offers to heads on predictions (detectron2's own: see ``detectors.py``)."""
+"""What a detector offers to heads on predictions (detectron2's own: see ``modeling/stock.py``)."""
 
 from .base import (
     AnchorMatch,
@@ -8,7 +8,6 @@ from .base import (
     RegionPair,
     call_constant,
     predictor_for,
-    register_predictor,
     with_modules,
 )
 from .outputs import DenseOutputs, dense_tap
@@ -23,6 +22,5 @@ __all__ = [
     "call_constant",
     "dense_tap",
     "predictor_for",
-    "register_predictor",
     "with_modules",
 ]

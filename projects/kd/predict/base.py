@@ -1,8 +1,7 @@
 """The interface between detectors and heads that work on predictions (OutputKD, CSA).
 
-A detector registers a :class:`Predictor` beside its taps::
-
-    register_predictor("RetinaNet", RetinaNetPredictor)
+A detector registers a :class:`Predictor` beside its taps
+(:func:`~projects.kd.detectors.register_detector`).
 
 Shapes: N images, A predictions a cell (anchors, or 1), K classes, (H, W) cells of a level, R
 regions of all images together. Boxes are XYXY in pixels of the student's input.
@@ -21,6 +20,7 @@ from detectron2.structures import Instances
 from torch import nn
 
 from ..context import DistillContext
+from ..detectors import known_predictors, predictors_of
 from ..errors import ConfigError
 from ..functional.precision import HALF
 from .outputs import DenseOutputs
@@ -105,7 +105,7 @@ class AnchorMatch:
 class Predictor:
     """How a detector predicts from a feature pyramid, and what two predictions have in common.
 
-    Made anew from the model whenever one is needed, so it keeps nothing but the model.
+    One is made for each model (:func:`predictor_for`); it keeps nothing of a step.
 
     Class attributes:
         name: the detectors it is for, in messages.
@@ -254,19 +254,11 @@ class Predictor:
         raise NotImplementedError
 
 
-_PREDICTORS: dict[str, list[type[Predictor]]] = {}
-
-
-def register_predictor(arch: str, predictor: type[Predictor]) -> None:
-    """Declare how a meta-arch predicts; subclasses of the meta-arch inherit it.
-
-    Several may be registered for one meta-arch; the first that ``fits`` the model is taken.
-    """
-    _PREDICTORS.setdefault(arch, []).append(predictor)
+_KEPT = "_kd_predictor"  # attribute of a model that holds its predictor
 
 
 def predictor_for(model: nn.Module, user: str = "", side: str = "student") -> Predictor:
-    """The predictor of a detector.
+    """The predictor of a detector, made when it is first asked for.
 
     Args:
         model: the detector.
@@ -276,17 +268,20 @@ def predictor_for(model: nn.Module, user: str = "", side: str = "student") -> Pr
     Raises:
         ConfigError: there is none; names those that there are.
     """
-    for base in type(model).__mro__:
-        for cls in _PREDICTORS.get(base.__name__, ()):
-            if cls.fits(model):
-                return cls(model)
+    made = vars(model).get(_KEPT)
+    if made is not None and made.model is model:  # a view (with_modules) has its own
+        return made
+    for cls in predictors_of(type(model)):
+        if cls.fits(model):
+            vars(model)[_KEPT] = made = cls(model)
+            return made
     parts = type(model).__name__
     if hasattr(model, "roi_heads"):
         parts += f" with {type(model.roi_heads).__name__}"
-    known = sorted({cls.name for classes in _PREDICTORS.values() for cls in classes})
+    known = sorted({cls.name for cls in known_predictors()})
     raise ConfigError(
         f"KD.HEADS: {user} does not work with the {side} {parts} "
-        f"(register_predictor); it works with {', '.join(known)}"
+        f"(register_detector); it works with {', '.join(known)}"
     )
 
 

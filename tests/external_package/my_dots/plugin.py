@@ -5,9 +5,8 @@ from projects.kd import (
     ImitationHead,
     TapSpec,
     head_node,
-    register_class_key,
     register_config,
-    register_taps,
+    register_detector,
 )
 
 from . import data  # noqa: F401  (registers dots)
@@ -20,12 +19,14 @@ def run_head(model, features):
 
 
 # the head runs once a level: every_call keeps the whole list
-register_taps(
+register_detector(
     "DotDetector",
-    features=TapSpec("backbone"),
-    scores=TapSpec("head", run=run_head, every_call=True),
+    taps={
+        "features": TapSpec("backbone"),
+        "scores": TapSpec("head", run=run_head, every_call=True),
+    },
+    class_key="MODEL.DOT.NUM_CLASSES",
 )
-register_class_key("DotDetector", "MODEL.DOT.NUM_CLASSES")
 
 
 @register_config
