@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from projects.kd import ConfigError
-from projects.kd.files import is_zoo_file, resolve_weights, zoo_weights_url
+from projects.kd.files import is_zoo_file, published_weights, resolve_weights
 from projects.kd.weights import SafeCheckpointer, load_detector, read_torch_file
 
 KEY = "MODEL.WEIGHTS"
@@ -165,11 +165,14 @@ def test_a_failed_load_does_not_block_the_next(model, tmp_path):
 
 
 def test_zoo_urls():
-    assert zoo_weights_url("model_zoo://COCO-Detection/retinanet_R_101_FPN_3x.yaml") == (
+    name, start = "model_zoo://COCO-Detection/retinanet_R_101_FPN_3x.yaml", "detectron2://R-101.pkl"
+    assert published_weights(name, start) == (
         "https://dl.fbaipublicfiles.com/detectron2/COCO-Detection/retinanet_R_101_FPN_3x/"
         "190397697/model_final_971ab9.pkl"
     )
-    assert zoo_weights_url("model_zoo://Base-RetinaNet.yaml") is None
+    assert published_weights(name, "own.pth", ["MODEL.WEIGHTS", "own.pth"]) == "own.pth"
+    assert published_weights("model_zoo://Base-RetinaNet.yaml", start) == start
+    assert published_weights("retinanet.yaml", start) == start
 
 
 def test_a_detectors_own_file_loads_into_it(tmp_path):

@@ -6,7 +6,7 @@ evaluators and the built-in data sets: each folder registers what it holds.
 
 from . import data, evaluation, modeling
 from .check import check_config
-from .config import add_kd_config, head_node, load_config, register_config
+from .config import add_kd_config, head_node, load_config, optimizer_node, register_config
 from .context import DistillContext, ModelInfo
 from .detectors import register_detector
 from .distiller import DistillMetaArch, build_training_model, student_of
@@ -35,6 +35,7 @@ __all__ = [
     "head_node",
     "load_config",
     "modeling",
+    "optimizer_node",
     "register_config",
     "register_detector",
     "student_of",

@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from typing import BinaryIO
 from urllib.parse import urlparse
@@ -77,13 +77,24 @@ def is_zoo_config(path: str) -> bool:
     return False
 
 
-def zoo_weights_url(config_name: str) -> str | None:
-    """The weights URL that detectron2's model zoo gives for a ``model_zoo://`` config, or None."""
+def published_weights(config_name: str, named: str, opts: Sequence = ()) -> str:
+    """Weights of a detector that somebody else's config describes.
+
+    A ``model_zoo://`` config names where its training starts; the zoo publishes what it ended in,
+    and that is what is meant unless overrides name other weights.
+
+    Args:
+        config_name: path or ``model_zoo://`` name.
+        named: MODEL.WEIGHTS of the config.
+        opts: overrides of the config, ``[KEY, VALUE, ...]``.
+    """
+    if not config_name.startswith(MODEL_ZOO_PREFIX) or "MODEL.WEIGHTS" in opts:
+        return named
     from detectron2.model_zoo.model_zoo import _ModelZooUrls
 
     stem = os.path.splitext(config_name[len(MODEL_ZOO_PREFIX) :])[0]
     suffix = _ModelZooUrls.CONFIG_PATH_TO_URL_SUFFIX.get(stem)
-    return None if suffix is None else _ModelZooUrls.S3_PREFIX + stem + "/" + suffix
+    return named if suffix is None else _ModelZooUrls.S3_PREFIX + stem + "/" + suffix
 
 
 def split_query(name: str) -> tuple[str, str]:

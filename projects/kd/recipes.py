@@ -22,7 +22,7 @@ from .building import build_detector
 from .config import load_config, merge_overrides
 from .config.key_checks import check_each
 from .errors import ConfigError
-from .files import MODEL_ZOO_PREFIX, resolve_config, zoo_weights_url
+from .files import published_weights, resolve_config
 from .heads.base import IMITATION_HEAD_REGISTRY, head_class
 from .heads.sdf import PRESETS
 from .levels import default_levels, pair_levels
@@ -217,8 +217,7 @@ def _teacher_outline(cfg) -> tuple[nn.Module, str, str]:
         outline.KD.TEACHER.OPTS = [*node.OPTS, *no_backbone_weights]
     with torch.device("meta"):
         model, own, weights, *_ = (build_from_lazy if lazy else build_from_yaml)(outline, path)
-    if node.CONFIG_FILE.startswith(MODEL_ZOO_PREFIX) and "MODEL.WEIGHTS" not in node.OPTS:
-        weights = zoo_weights_url(node.CONFIG_FILE) or weights
+    weights = published_weights(node.CONFIG_FILE, weights, node.OPTS)
     return model, weights, _trained_weights(own)
 
 

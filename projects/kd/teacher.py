@@ -21,7 +21,7 @@ from .context import ModelInfo
 from .data.register import names_by_kind
 from .detectors import taps_for
 from .errors import ConfigError, UserError, did_you_mean
-from .files import MODEL_ZOO_PREFIX, resolve_config, zoo_weights_url
+from .files import published_weights, resolve_config
 from .modeling.narrow_maps import guard_narrow_maps
 from .taps import FeatureTaps
 from .weight_files import modules_in
@@ -186,9 +186,7 @@ def build_teacher(cfg) -> Teacher:
     path = resolve_config(node.CONFIG_FILE, "KD.TEACHER.CONFIG_FILE")
     read = build_from_lazy if path.endswith(".py") else build_from_yaml
     model, teacher_cfg, weights, input_format, datasets = read(cfg, path)
-    if node.CONFIG_FILE.startswith(MODEL_ZOO_PREFIX) and "MODEL.WEIGHTS" not in node.OPTS:
-        weights = zoo_weights_url(node.CONFIG_FILE) or weights
-    weights = node.WEIGHTS or weights
+    weights = node.WEIGHTS or published_weights(node.CONFIG_FILE, weights, node.OPTS)
     if weights:
         loaded = load_weights(model, weights, "KD.TEACHER.WEIGHTS", cfg.KD.ALLOW_PICKLE)
         if loaded.missing and not node.ALLOW_MISSING:

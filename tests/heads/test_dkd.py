@@ -12,11 +12,11 @@ from kd_detectors import DETECTORS
 from modern_inputs import rows
 
 from projects.kd.context import ModelInfo
+from projects.kd.detectors import taps_for
 from projects.kd.errors import ConfigError
 from projects.kd.functional.dkd import dkd_loss
 from projects.kd.heads import build_imitation_heads
 from projects.kd.heads.region_logits import RegionLogits
-from projects.kd.taps import taps_for
 
 RCNN = "GeneralizedRCNN"
 

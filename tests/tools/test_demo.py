@@ -10,7 +10,7 @@ from kd_detectors import detector_cfg, detector_distill_cfg
 from kd_models import build, write_config
 
 from projects.kd.commands import demo
-from projects.kd.data.image_mapper import ImageMapper
+from projects.kd.data.mapper import ImageMapper
 from projects.kd.errors import ConfigError, DataError
 
 

@@ -10,7 +10,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from ..data.multi_resolution_mapper import MultiResolutionMapper
+from ..data.mapper import MultiResolutionMapper
 from ..distiller import DistillMetaArch, build_training_model
 from ..errors import ConfigError
 from ..heads.csa import CSA

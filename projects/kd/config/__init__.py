@@ -11,6 +11,7 @@ from .defaults import (
     load_config,
     merge_config,
     merge_overrides,
+    optimizer_node,
     register_config,
 )
 
@@ -24,5 +25,6 @@ __all__ = [
     "load_config",
     "merge_config",
     "merge_overrides",
+    "optimizer_node",
     "register_config",
 ]

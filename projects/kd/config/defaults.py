@@ -59,6 +59,26 @@ def head_node(weight: float, mask_padding: bool) -> CN:
     return node
 
 
+def optimizer_node(name: str, base_lr: float, clip_norm: float, scheduler: str = "") -> CN:
+    """The keys of ``KD.<HEAD>.OPTIMIZER``, of heads that have parameters of their own.
+
+    Args:
+        name, base_lr, clip_norm, scheduler: defaults of NAME, BASE_LR, CLIP_NORM and
+            LR_SCHEDULER_NAME.
+    """
+    node = CN()
+    # One of those of SOLVER.OPTIMIZER.
+    node.NAME = name
+    node.BASE_LR = base_lr
+    node.WEIGHT_DECAY = 1e-4
+    # Largest norm of all its gradients together; 0 = no clipping.
+    node.CLIP_NORM = clip_norm
+    # "" = the student's, at the same iterations.
+    node.LR_SCHEDULER_NAME = scheduler
+    node.WARMUP_ITERS = 10
+    return node
+
+
 def add_kd_config(cfg: CN) -> None:
     """Add all keys of this project, with their defaults, to a detectron2 config."""
     _add_distillation_keys(cfg)

@@ -13,7 +13,8 @@ from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_
 
-from ..errors import ConfigError
+from ..config.key_table import OPTIMIZERS
+from ..errors import ConfigError, require_one_of
 
 MAIN = "student"  # name of the optimizer over the student, the adapters and the heads
 
@@ -23,8 +24,8 @@ class GradientClip:
     """Clipping of one optimizer's gradients.
 
     Attributes:
-        kind: "value" limits every element, "norm" the norm of every parameter's gradient by
-            itself (both as detectron2 does), "full_model" the norm over all of them together.
+        kind: one of CLIP_TYPES: "value" limits every element, "norm" the norm of every parameter's
+            gradient by itself (both as detectron2 does), "full_model" the norm over all of them.
         limit: largest absolute value or norm.
         norm_type: order of the norm.
     """
@@ -174,7 +175,7 @@ def main_groups(cfg: CfgNode, model: nn.ModuleDict, excluded: set) -> list[dict]
 def build_optimizer(
     name: str, key: str, groups: list[dict], base_lr: float, cfg: CfgNode
 ) -> torch.optim.Optimizer:
-    """SGD (with SOLVER.MOMENTUM and NESTEROV), Adam or AdamW over parameter groups.
+    """One of OPTIMIZERS over parameter groups; SGD with SOLVER.MOMENTUM and NESTEROV.
 
     Args:
         name: the class.
@@ -183,6 +184,7 @@ def build_optimizer(
         base_lr: learning rate of groups that have none.
         cfg: the full config.
     """
+    require_one_of(key, name, OPTIMIZERS)
     if not groups:
         raise ConfigError("MODEL.BACKBONE.FREEZE_AT: the model has no trainable parameter")
     on_gpu = groups[0]["params"][0].is_cuda
@@ -190,9 +192,7 @@ def build_optimizer(
     if name == "SGD":
         momentum = {"momentum": cfg.SOLVER.MOMENTUM, "nesterov": cfg.SOLVER.NESTEROV}
         return torch.optim.SGD(groups, lr=base_lr, **momentum, **fast)
-    if name in ("Adam", "AdamW"):
-        return getattr(torch.optim, name)(groups, lr=base_lr, **fast)
-    raise ConfigError(f"{key} '{name}': use SGD, Adam or AdamW")
+    return getattr(torch.optim, name)(groups, lr=base_lr, **fast)
 
 
 def trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

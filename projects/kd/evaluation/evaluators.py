@@ -23,8 +23,7 @@ from detectron2.evaluation import (
 )
 from detectron2.utils import comm
 
-from ..data.image_mapper import ImageMapper
-from ..data.mapper import NamedErrors
+from ..data.mapper import ImageMapper, NamedErrors
 from ..detectors import class_names_of
 from ..errors import ConfigError
 from ..files import require_pickles

@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterable, Mapping
 
 import torch
-from detectron2.config import CfgNode
 from torch import nn
 
-from ..config import PROPORTIONAL, head_node, register_config
+from ..config import PROPORTIONAL, head_node, optimizer_node, register_config
 from ..context import DistillContext
 from ..errors import ConfigError, require_one_of
 from ..functional.csa import default_rates
@@ -53,14 +52,8 @@ def add_csa_config(cfg) -> None:
     # its own place first, and the assistant learns several times faster; it needs some 32 channels
     # an attention head.
     node.POSITIONS = False
-    # The assistant's own optimizer; LR_SCHEDULER_NAME "" = the student's, at the same iterations.
-    node.OPTIMIZER = CfgNode()
-    node.OPTIMIZER.NAME = "Adam"
-    node.OPTIMIZER.BASE_LR = 3e-4
-    node.OPTIMIZER.WEIGHT_DECAY = 1e-4
-    node.OPTIMIZER.CLIP_NORM = 35.0  # of the total gradient norm; 0 = no clipping
-    node.OPTIMIZER.LR_SCHEDULER_NAME = ""
-    node.OPTIMIZER.WARMUP_ITERS = 10
+    # The assistant's own optimizer.
+    node.OPTIMIZER = optimizer_node("Adam", 3e-4, 35.0)
 
 
 @IMITATION_HEAD_REGISTRY.register()

@@ -10,8 +10,8 @@ from torch import nn
 
 from ..context import DistillContext
 from ..functional.d3etr import attention_loss, layer_map, matching_cost, top_queries
-from ..functional.kd_detr import random_queries
 from ..functional.decoded import Attention, Decoded
+from ..functional.kd_detr import random_queries
 from ..functional.set_prediction import assign
 from ..functional.set_targets import Targets, to_matches
 from .base import IMITATION_HEAD_REGISTRY, ImitationHead

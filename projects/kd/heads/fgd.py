@@ -9,9 +9,9 @@ from torch import nn
 
 from ..config import head_node, register_config
 from ..context import DistillContext, ModelInfo
+from ..detectors import class_names_of
 from ..errors import ConfigError
 from ..functional.fgd import background_scales, box_scales, fgd_terms
-from ..taps import class_names_of
 from .area import AreaReference, add_area_key
 from .base import IMITATION_HEAD_REGISTRY, ImitationHead, build_adapters
 

@@ -6,11 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from torch import nn
 
-from ..config import head_node, register_config
+from ..config import head_node, optimizer_node, register_config
 from ..context import DistillContext, ModelInfo
 from ..data.priors import BoxPriors, dataset_priors, uniform_priors
 from ..detectors import configured_classes
@@ -62,13 +61,7 @@ def add_icd_config(cfg) -> None:
     node.CONF_WEIGHT = 1.0
     node.BOX_WEIGHT = 1.0
     # Optimizer of the decoder and of the student's value projection.
-    node.OPTIMIZER = CfgNode()
-    node.OPTIMIZER.NAME = "AdamW"
-    node.OPTIMIZER.BASE_LR = 1e-4
-    node.OPTIMIZER.WEIGHT_DECAY = 1e-4
-    node.OPTIMIZER.CLIP_NORM = 0.01  # of the total gradient norm; 0 = no clipping
-    node.OPTIMIZER.LR_SCHEDULER_NAME = "WarmupCosineLR"
-    node.OPTIMIZER.WARMUP_ITERS = 10
+    node.OPTIMIZER = optimizer_node("AdamW", 1e-4, 0.01, scheduler="WarmupCosineLR")
 
 
 @IMITATION_HEAD_REGISTRY.register()

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import torch
-from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import fcos
 
 from ..config import register_config
 from ..detectors import register_detector
 from ..predict.fcos import FCOSPredictor
+from .one_stage import one_stage_node, one_stage_parts, tower_options
 
 
 @register_config
 def add_fcos_config(cfg) -> None:
     """Add MODEL.FCOS; the values are those of detectron2's FCOS R-50 config."""
-    cfg.MODEL.FCOS = node = CfgNode()
-    node.NUM_CLASSES = 80
-    node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
-    # Convolutions before the predictions, and their norm.
-    node.NUM_CONVS = 4
-    node.NORM = "GN"
-    # Class probability that the bias starts from.
-    node.PRIOR_PROB = 0.01
+    # SCORE_THRESH_TEST is compared with sqrt(class score * centre-ness).
+    cfg.MODEL.FCOS = node = one_stage_node(score_thresh=0.2)
     # Locations within this many strides of a box's centre are positive.
     node.CENTER_SAMPLING_RADIUS = 1.5
     node.FOCAL_LOSS_ALPHA = 0.25
     node.FOCAL_LOSS_GAMMA = 2.0
-    # On sqrt(class score * centre-ness).
-    node.SCORE_THRESH_TEST = 0.2
-    node.TOPK_CANDIDATES_TEST = 1000
-    node.NMS_THRESH_TEST = 0.6
 
 
 @META_ARCH_REGISTRY.register()
@@ -48,29 +39,15 @@ class FCOS(fcos.FCOS):
     def from_config(cls, cfg) -> dict:
         """Read MODEL.FCOS."""
         node = cfg.MODEL.FCOS
-        backbone = build_backbone(cfg)
-        shapes = [backbone.output_shape()[level] for level in node.IN_FEATURES]
-        head = fcos.FCOSHead(
-            input_shape=shapes,
-            num_classes=node.NUM_CLASSES,
-            conv_dims=[shapes[0].channels] * node.NUM_CONVS,
-            prior_prob=node.PRIOR_PROB,
-            norm=node.NORM,
-        )
+
+        def head(shapes):
+            return fcos.FCOSHead(**tower_options(node, shapes))
+
         return {
-            "backbone": backbone,
-            "head": head,
-            "head_in_features": list(node.IN_FEATURES),
-            "num_classes": node.NUM_CLASSES,
+            **one_stage_parts(cfg, node, head),
             "center_sampling_radius": node.CENTER_SAMPLING_RADIUS,
             "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
             "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
-            "test_score_thresh": node.SCORE_THRESH_TEST,
-            "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
-            "test_nms_thresh": node.NMS_THRESH_TEST,
-            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
         }
 
     def losses(

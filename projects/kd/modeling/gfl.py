@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes
 from detectron2.structures.boxes import matched_pairwise_iou
@@ -25,7 +25,8 @@ from ..functional.gfl import (
 from ..functional.ranks import mean_over_ranks
 from ..predict.gfl import GFLPredictor
 from ..predict.outputs import dense_tap
-from .square_anchors import SquareAnchorDetector, points_of, square_anchors
+from .one_stage import one_stage_node, one_stage_parts, tower_options
+from .square_anchors import SquareAnchorDetector, points_of
 
 ANCHOR_SCALE = 8.0  # side of the one square anchor a location, in strides (ATSS)
 
@@ -33,14 +34,7 @@ ANCHOR_SCALE = 8.0  # side of the one square anchor a location, in strides (ATSS
 @register_config
 def add_gfl_config(cfg) -> None:
     """Add MODEL.GFL; values of the paper and (recalled) the authors' R-50 config."""
-    cfg.MODEL.GFL = node = CfgNode()
-    node.NUM_CLASSES = 80
-    node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
-    # Convolutions before the predictions, and their norm.
-    node.NUM_CONVS = 4
-    node.NORM = "GN"
-    # Class probability that the bias starts from.
-    node.PRIOR_PROB = 0.01
+    cfg.MODEL.GFL = node = one_stage_node()
     # n: a side is a distribution over 0, 1, ..., n strides.
     node.REG_MAX = 16
     # ATSS: candidates a level.
@@ -50,9 +44,6 @@ def add_gfl_config(cfg) -> None:
     # Weights of the GIoU loss and of the distribution focal loss.
     node.GIOU_WEIGHT = 2.0
     node.DFL_WEIGHT = 0.25
-    node.SCORE_THRESH_TEST = 0.05
-    node.TOPK_CANDIDATES_TEST = 1000
-    node.NMS_THRESH_TEST = 0.6
 
 
 class GFLHead(RetinaNetHead):
@@ -141,35 +132,16 @@ class GFL(SquareAnchorDetector):
     def from_config(cls, cfg) -> dict:
         """Read MODEL.GFL."""
         node = cfg.MODEL.GFL
-        backbone = build_backbone(cfg)
-        shapes = [backbone.output_shape()[level] for level in node.IN_FEATURES]
-        head = GFLHead(
-            reg_max=node.REG_MAX,
-            input_shape=shapes,
-            num_classes=node.NUM_CLASSES,
-            conv_dims=[shapes[0].channels] * node.NUM_CONVS,
-            prior_prob=node.PRIOR_PROB,
-            norm=node.NORM,
-        )
-        strides = [shape.stride for shape in shapes]
+
+        def head(shapes):
+            return GFLHead(reg_max=node.REG_MAX, **tower_options(node, shapes))
+
         return {
-            "backbone": backbone,
-            "head": head,
-            "head_in_features": list(node.IN_FEATURES),
-            "anchor_generator": square_anchors(
-                strides, ANCHOR_SCALE, cfg.MODEL.ANCHOR_GENERATOR.OFFSET
-            ),
-            "num_classes": node.NUM_CLASSES,
+            **one_stage_parts(cfg, node, head, ANCHOR_SCALE),
             "topk_assign": node.TOPK_ASSIGN,
             "beta": node.BETA,
             "giou_weight": node.GIOU_WEIGHT,
             "dfl_weight": node.DFL_WEIGHT,
-            "test_score_thresh": node.SCORE_THRESH_TEST,
-            "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
-            "test_nms_thresh": node.NMS_THRESH_TEST,
-            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
         }
 
     @property

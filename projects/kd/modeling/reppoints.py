@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, pairwise_iou
 from detectron2.utils.events import get_event_storage
 from fvcore.nn import sigmoid_focal_loss_jit, smooth_l1_loss
@@ -16,8 +16,9 @@ from ..errors import ConfigError
 from ..functional.ranks import mean_over_ranks
 from ..functional.reppoints import assign_by_iou, nearest_point
 from ..predict.outputs import dense_tap
+from .one_stage import one_stage_node, one_stage_parts
 from .reppoints_head import PointBoxes, RepPointsHead
-from .square_anchors import SquareAnchorDetector, points_of, square_anchors
+from .square_anchors import SquareAnchorDetector, points_of
 
 BASE_SCALE = 4.0  # strides: side of a location's box, and where the sizes of a level start
 SMOOTH_L1_BETA = 0.11
@@ -26,15 +27,8 @@ SMOOTH_L1_BETA = 0.11
 @register_config
 def add_reppoints_config(cfg) -> None:
     """Add MODEL.REPPOINTS; values of the paper and (recalled) the authors' R-50 config."""
-    cfg.MODEL.REPPOINTS = node = CfgNode()
-    node.NUM_CLASSES = 80
-    node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
-    # Convolutions of each tower, and their norm.
-    node.NUM_CONVS = 3
-    node.NORM = "GN"
+    cfg.MODEL.REPPOINTS = node = one_stage_node(num_convs=3, nms_thresh=0.5)
     node.NUM_POINTS = 9
-    # Class probability that the bias starts from.
-    node.PRIOR_PROB = 0.01
     # Box of a point set: "moment" (mean and standard deviation) or "minmax".
     node.TRANSFORM = "moment"
     # Share of the gradient that passes from the deformable convolutions to the first points.
@@ -45,9 +39,6 @@ def add_reppoints_config(cfg) -> None:
     node.REFINE_WEIGHT = 1.0
     node.FOCAL_LOSS_ALPHA = 0.25
     node.FOCAL_LOSS_GAMMA = 2.0
-    node.SCORE_THRESH_TEST = 0.05
-    node.TOPK_CANDIDATES_TEST = 1000
-    node.NMS_THRESH_TEST = 0.5
 
 
 @META_ARCH_REGISTRY.register()
@@ -104,38 +95,26 @@ class RepPoints(SquareAnchorDetector):
             raise ConfigError(
                 f"MODEL.REPPOINTS.IOU_THRESHOLDS is {node.IOU_THRESHOLDS}: [background, object]"
             )
-        backbone = build_backbone(cfg)
-        shapes = [backbone.output_shape()[level] for level in node.IN_FEATURES]
-        head = RepPointsHead(
-            channels=shapes[0].channels,
-            num_classes=node.NUM_CLASSES,
-            num_convs=node.NUM_CONVS,
-            norm=node.NORM,
-            num_points=node.NUM_POINTS,
-            gradient_mul=node.GRADIENT_MUL,
-            prior_prob=node.PRIOR_PROB,
-        )
-        strides = [shape.stride for shape in shapes]
+
+        def head(shapes):
+            return RepPointsHead(
+                channels=shapes[0].channels,
+                num_classes=node.NUM_CLASSES,
+                num_convs=node.NUM_CONVS,
+                norm=node.NORM,
+                num_points=node.NUM_POINTS,
+                gradient_mul=node.GRADIENT_MUL,
+                prior_prob=node.PRIOR_PROB,
+            )
+
         return {
-            "backbone": backbone,
-            "head": head,
-            "head_in_features": list(node.IN_FEATURES),
-            "anchor_generator": square_anchors(
-                strides, BASE_SCALE, cfg.MODEL.ANCHOR_GENERATOR.OFFSET
-            ),
+            **one_stage_parts(cfg, node, head, BASE_SCALE),
             "box2box_transform": PointBoxes(node.TRANSFORM, BASE_SCALE),
-            "num_classes": node.NUM_CLASSES,
             "iou_thresholds": node.IOU_THRESHOLDS,
             "init_weight": node.INIT_WEIGHT,
             "refine_weight": node.REFINE_WEIGHT,
             "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
             "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
-            "test_score_thresh": node.SCORE_THRESH_TEST,
-            "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
-            "test_nms_thresh": node.NMS_THRESH_TEST,
-            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
         }
 
     def forward_training(self, images, features, predictions, gt_instances):

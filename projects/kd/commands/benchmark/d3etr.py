@@ -38,8 +38,8 @@ from ...analysis.measure import (
 )
 from ...arguments import Parser, image_size, output_file, whole
 from ...functional.d3etr import layer_map
+from ...functional.set_targets import Targets
 from ...heads.d3etr import Pairs
-from ...modeling.set_criterion import Targets
 
 CONFIG = "configs/COCO-DETR/conditional_detr_R18_C5_from_R50_d3etr_50ep.yaml"
 BOXES, MIB = 20, 2**20

@@ -36,8 +36,7 @@ from matplotlib.patches import Rectangle
 from ... import build_training_model, check_config, load_config
 from ...analysis.pictures import data_set_entry, write_picture
 from ...arguments import Parser, output_file, whole
-from ...data.image_mapper import ImageMapper
-from ...data.mapper import NamedErrors
+from ...data.mapper import ImageMapper, NamedErrors
 from ...data.register import register_configured
 from ...errors import ConfigError
 from ...functional.set_prediction import cxcywh_to_xyxy

@@ -32,8 +32,7 @@ from matplotlib.patches import Rectangle
 from ... import build_training_model, check_config, load_config
 from ...analysis.pictures import data_set_entry, write_picture
 from ...arguments import Parser, output_file, whole
-from ...data.mapper import NamedErrors
-from ...data.multi_resolution_mapper import MultiResolutionMapper
+from ...data.mapper import MultiResolutionMapper, NamedErrors
 from ...data.register import register_configured
 from ...distiller import paired_infos
 from ...errors import ConfigError

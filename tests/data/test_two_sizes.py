@@ -14,8 +14,7 @@ from detectron2.data.detection_utils import read_image
 
 from projects.kd import DataError
 from projects.kd.data.loader import build_train_loader
-from projects.kd.data.mapper import build_train_mapper
-from projects.kd.data.multi_resolution_mapper import MultiResolutionMapper
+from projects.kd.data.mapper import MultiResolutionMapper, build_train_mapper
 from projects.kd.levels import scaled_size
 
 NAME = "noise_two_sizes"

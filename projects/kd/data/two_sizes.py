@@ -1,68 +1,27 @@
-"""One augmentation, two sizes: the student's image and the teacher's, both from the original."""
+"""What was done to an image, done once more to end at another size."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from detectron2.config import configurable
 from detectron2.data import transforms as T
 from fvcore.transforms.transform import HFlipTransform, VFlipTransform
 
 from ..errors import DataError
 from ..levels import scaled_size
-from .image_mapper import ImageMapper
 
 # what does the same to an image of any size
 _SIZE_FREE = (HFlipTransform, VFlipTransform, T.NoOpTransform, T.ColorTransform)
 
 
-class MultiResolutionMapper(ImageMapper):
-    """:class:`ImageMapper`; its examples have the teacher's image too where the scale is not 1.
-
-    ``image`` and ``instances`` are those of detectron2's mapper, with the same random numbers.
-    ``image_teacher`` (3, :func:`~projects.kd.levels.scaled_size` of ``image``) shows the same crop
-    of the original, flipped alike and resized once, to the larger size: resizing ``image`` would
-    add no detail. Boxes are in pixels of ``image`` only.
-
-    Args:
-        is_train: see :class:`detectron2.data.DatasetMapper`.
-        teacher_scale: side of the teacher's image in parts of the student's.
-        **kwargs: see :class:`detectron2.data.DatasetMapper`.
-    """
-
-    @configurable
-    def __init__(self, is_train: bool, *, teacher_scale: float, **kwargs):
-        super().__init__(is_train, **kwargs)
-        self.augmentations = _Recorded(self.augmentations.augs)
-        self.teacher_scale = teacher_scale
-
-    @classmethod
-    def from_config(cls, cfg, is_train: bool = True):
-        """Read INPUT and KD.TEACHER.INPUT_SCALE."""
-        scale = cfg.KD.TEACHER.INPUT_SCALE
-        return {**super().from_config(cfg, is_train), "teacher_scale": scale}
-
-    def __call__(self, dataset_dict: dict) -> dict:
-        """See :class:`detectron2.data.DatasetMapper`."""
-        example = super().__call__(dataset_dict)
-        if self.teacher_scale != 1:
-            original, transforms = self.augmentations.last
-            size = scaled_size(example["image"].shape[-2:], self.teacher_scale)
-            image = repeat_at_scale(original, transforms, self.teacher_scale, size)
-            image = np.ascontiguousarray(image.transpose(2, 0, 1))
-            example["image_teacher"] = torch.as_tensor(image)
-        self.augmentations.last = None
-        return example
-
-
-class _Recorded(T.AugmentationList):
+class Recorded(T.AugmentationList):
     """Keeps the last image it was given and the transforms it drew for it."""
 
     last = None
 
     def __call__(self, aug_input) -> T.TransformList:
+        """See the base class."""
         original = aug_input.image
         transforms = super().__call__(aug_input)
         self.last = original, transforms.transforms
