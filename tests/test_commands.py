@@ -32,16 +32,21 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 SHELL = ("export", "cd", "source", "git", "pip")  # what is not ours
+INDENTED = re.compile(r"    (?:python|kd-\w+|make) ")
 # What stands for something of the reader's; and files that only exist after a run.
 STANDS_FOR = re.compile(r"\.\.\.|^(CONFIG|STUDENT|TEACHER|FOLDER|FILE)$")
 
 
 def commands(text: str) -> list[str]:
     """The commands of a page: those of fenced blocks of a shell, and of indented blocks."""
-    blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    blocks += re.findall(
-        r"(?:^    (?:python|kd-\w+|make) .*\n(?:^     .*\n)*)+", text, re.MULTILINE
-    )
+    blocks, fence = [], None
+    for line in text.splitlines():
+        if line.lstrip().startswith("```"):
+            fence = line.strip("` ") if fence is None else None
+        elif fence in ("bash", "sh") or (blocks and blocks[-1].endswith("\\")):
+            blocks.append(line)
+        elif fence is None and INDENTED.match(line):
+            blocks.append(line)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
 

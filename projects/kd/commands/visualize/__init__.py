@@ -15,6 +15,7 @@ PARTS = Parts(
         "data": ("data", "a contact sheet of a data set's ground truth"),
         "sizes": ("sizes", "object sizes of a data set; detections in COCO's size bands"),
         "distill": ("distill", "what an ICD run distils in one image"),
+        "pull": ("pull", "where imitation heads pull the student in one image"),
         "d3etr": ("d3etr", "what a D3ETR run distils: matching, attention, stability"),
     },
 )
