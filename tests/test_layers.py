@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "projects/kd"
 # From the ground up. A module of the top and a folder count alike; those of one line do not import
 # each other.
 LAYERS = (
-    ("errors", "seeding", "precision"),
+    ("errors", "seeding", "precision", "moved_configs"),
     ("files", "adapters", "levels", "stopping", "inherit", "taps"),
-    ("config", "arguments", "context", "detectors", "weight_files"),
+    ("config", "arguments", "context", "detectors", "methods", "weight_files"),
     ("weights", "functional", "schedule", "balance"),
     ("predict", "data"),
     ("heads", "modeling", "evaluation"),

@@ -12,9 +12,12 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
 from projects.kd import build_training_model, check_config, load_config
+from projects.kd.config import merge_config
+from projects.kd.config.config_files import read_yaml
 from projects.kd.errors import ConfigError
 from projects.kd.heads.base import IMITATION_HEAD_REGISTRY, ImitationHead
-from projects.kd.recipes import DEFAULT_METHOD, RECIPES, apply_recipe
+from projects.kd.methods import method_file, method_files, method_names, source_of
+from projects.kd.recipes import BY_TEACHER, DEFAULT_METHOD, apply_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 ZOO = "model_zoo://COCO-Detection/"
@@ -48,8 +51,7 @@ ONE_STAGE_LEVELS, TWO_STAGE_LEVELS = ("p3", "p4", "p5", "p6"), ("p2", "p3", "p4"
         (RETINA_STUDENT, RETINA_TEACHER, "FGFI", "FGFI", 0.01, ()),
         (RETINA_STUDENT, RETINA_TEACHER, "mimic", "Mimic", 1.0, ()),
         (RETINA_STUDENT, RETINA_TEACHER, "icd", "ICD", 8.0, ()),
-        (RETINA_STUDENT, RETINA_TEACHER, "sdf", "SDF", 0.03, ()),
-        (RCNN_STUDENT, RCNN_TEACHER, "SDF", "SDF", 0.1, ()),
+        (RETINA_STUDENT, RETINA_TEACHER, "sdf", "SDF", -1.0, ()),
         (RCNN_STUDENT, RCNN_TEACHER, "icd", "ICD", 3.0, ()),
         (RCNN_STUDENT, RCNN_TEACHER, "", "PKD", 6.0, TWO_STAGE_LEVELS),
         (RCNN_STUDENT, RCNN_TEACHER, "CWD", "CWD", 10.0, TWO_STAGE_LEVELS),
@@ -70,11 +72,12 @@ def test_values_by_method_and_family(student, teacher, method, head, weight, lev
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("recipe:")]
     assert len(said) == 1
     assert f"recipe: {head} for a " in said[0]
-    assert f"KD.{head.upper()}.WEIGHT {weight:g}" in said[0]
+    wanted = "PRESET balanced" if weight < 0 else f"WEIGHT {weight:g}"
+    assert f"KD.{head.upper()}.{wanted} on " in said[0]
     assert ("the default" in said[0]) == (method == "")
 
 
-@pytest.mark.parametrize("method", ["fgfi", "cwd", "pkd", "icd"])
+@pytest.mark.parametrize("method", ["fgfi", "cwd", "pkd", "icd", "sdf_csa"])
 @pytest.mark.parametrize("detector", ["retinanet", "faster_rcnn"])
 def test_equals_the_coco_config(method, detector):
     """One flag gives what the written-out config of the same pair says."""
@@ -89,7 +92,8 @@ def test_the_students_own_config_stays():
     plain, cfg = load_config(RETINA_STUDENT), recipe()
     for key in ("MODEL", "SOLVER", "INPUT", "DATASETS", "TEST"):
         assert cfg[key] == plain[key]
-    assert cfg.OUTPUT_DIR == "output/retinanet_R_50_FPN_1x_from_retinanet_R_101_FPN_3x_PKD"
+    name = "retinanet_R_50_FPN_1x_from_retinanet_R_101_FPN_3x_PKD"
+    assert cfg.OUTPUT_DIR == f"output/COCO-Detection/{name}"
 
 
 def test_the_config_builds_and_passes_the_checks():
@@ -118,14 +122,54 @@ def test_command_line_values_win(capsys):
     assert cfg.KD.PKD.LEVELS == ("p7",)
 
 
-def test_recipes_name_registered_heads_and_real_keys():
+METHOD_FILES = method_files()
+
+
+@pytest.mark.parametrize("key", METHOD_FILES, ids=lambda key: "_".join(key))
+def test_method_files_hold_one_method_and_its_source(key):
+    path = METHOD_FILES[key]
+    raw = read_yaml(path)
     cfg = kd_models.tiny_cfg()
-    for (method, _), values in RECIPES.items():
-        assert method in IMITATION_HEAD_REGISTRY
-        node = cfg.KD[method.upper()]
-        for key, value in values.keys.items():
-            assert type(node[key]) is type(value), f"KD.{method.upper()}.{key}"
-    assert DEFAULT_METHOD in IMITATION_HEAD_REGISTRY
+    before = cfg.clone()
+    merge_config(cfg, raw, path)
+    assert cfg.KD.HEADS
+    assert cfg.KD.META_ARCHITECTURE == "DistillMetaArch"
+    for head in cfg.KD.HEADS:
+        assert head in IMITATION_HEAD_REGISTRY
+    own = {head.upper() for head in cfg.KD.HEADS} | {"HEADS", "META_ARCHITECTURE", "ADAPTER"}
+    own |= {"INIT_FROM_TEACHER"}
+    assert set(raw.KD) <= own, "a method sets nothing of another's"
+    for name in before:
+        assert cfg[name] == before[name] or name in ("KD", "SOLVER")
+    assert len(source_of(path)) > 10
+
+
+def test_methods_are_found_by_names_of_heads_and_of_files():
+    heads = ["CWD", "OutputKD", "MyHead"]
+    assert method_names("outputkd, Output_KD,cwd_masks", heads) == (
+        "OutputKD",
+        "OutputKD",
+        "cwd_masks",
+    )
+    assert method_names("myhead", heads) == ("MyHead",)
+    assert method_file("OutputKD", "two-stage") == method_file("output_kd", "one-stage")
+    assert method_file("CWD", "one-stage") != method_file("CWD", "two-stage")
+    assert method_file("CWD", "other") is None
+    assert method_file("MyHead", "one-stage") is None
+    names = {
+        name.lower() for name in method_names(",".join((DEFAULT_METHOD, *BY_TEACHER)), ["PKD"])
+    }
+    assert names <= {method for method, _ in METHOD_FILES}
+
+
+def test_a_method_without_values_for_the_detector(capsys):
+    with pytest.raises(
+        ConfigError, match="--method: cwd_masks has no values for a one-stage .*two-st"
+    ):
+        recipe(method="cwd_masks")
+    cfg = recipe(RCNN_STUDENT, RCNN_TEACHER, "cwd_masks,pkd")
+    assert (cfg.KD.HEADS, cfg.KD.CWD.TARGET, cfg.KD.CWD.WEIGHT) == (("CWD", "PKD"), "masks", 1.0)
+    assert "recipe: cwd_masks for a two-stage student" in capsys.readouterr().out
 
 
 def test_lazy_teacher_and_teacher_weights():
@@ -179,7 +223,7 @@ def test_config_yaml_goes_by_its_folder(tmp_path):
     _, weights = kd_models.write_teacher(run)
     config = kd_models.write_config(kd_models.tiny_cfg(), run / "config.yaml")
     cfg = recipe(teacher=config, teacher_weights=weights)
-    assert cfg.OUTPUT_DIR == "output/retinanet_R_50_FPN_1x_from_big_teacher_PKD"
+    assert cfg.OUTPUT_DIR == "output/COCO-Detection/retinanet_R_50_FPN_1x_from_big_teacher_PKD"
 
 
 def test_timm_student_is_outlined_without_its_weights(tmp_path):
@@ -229,7 +273,10 @@ def test_unknown_family_and_unknown_head_get_their_defaults(tmp_path, monkeypatc
 
 
 def test_user_errors(tmp_path):
-    with pytest.raises(ConfigError, match="--method: no imitation head 'CDW'; choose from .*CWD"):
+    with pytest.raises(
+        ConfigError,
+        match="--method: no method or imitation head 'CDW'; choose from .*CWD.*you mean .*CWD",
+    ):
         recipe(method="CDW")
     with pytest.raises(ConfigError, match="--teacher: .*no_such"):
         recipe(teacher=f"{ZOO}no_such.yaml")

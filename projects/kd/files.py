@@ -14,6 +14,7 @@ from typing import BinaryIO
 from urllib.parse import urlparse
 
 from .errors import ConfigError
+from .moved_configs import moved
 
 MODEL_ZOO_PREFIX = "model_zoo://"
 _ZOO_WEIGHT_PREFIXES = ("detectron2://", "https://dl.fbaipublicfiles.com/detectron2/")
@@ -41,8 +42,40 @@ def resolve_config(name: str, key: str = "--config-file") -> str:
         return path
     path = find_shipped(expand(name))
     if not os.path.isfile(path):
-        raise ConfigError(f"{key}: no such file '{name}'")
+        raise ConfigError(f"{key}: no such file '{name}'{_where(name)}{moved(path)}")
     return path
+
+
+# names that configs hold -> the folder of the config, where they were looked for first
+_LOOKED_IN: dict[str, str] = {}
+
+
+def beside(name: str, folder: str) -> str:
+    """A relative name as ``_BASE_`` is read: the path in ``folder`` if there is such a file.
+
+    Args:
+        name: of a file; addresses and what stands behind a "?" stay as they are.
+        folder: of the config that holds it.
+
+    Returns:
+        The path, or ``name`` as it was, which the working directory decides about then.
+    """
+    plain = expand(name.partition("?")[0])
+    if "://" in name or os.path.isabs(plain):
+        return name
+    path = os.path.normpath(os.path.join(folder, plain))
+    if os.path.isfile(path):
+        return path + "".join(name.partition("?")[1:])
+    _LOOKED_IN[name] = folder
+    return name
+
+
+def _where(name: str) -> str:
+    """The two places of a missing file whose relative name stands in a config."""
+    if name not in _LOOKED_IN:
+        return ""
+    folder = os.path.abspath(_LOOKED_IN[name])
+    return f", neither in the config's folder {folder} nor in the working directory {os.getcwd()}"
 
 
 def shipped_configs() -> str:
@@ -149,7 +182,7 @@ def _why_missing(name: str, path: str) -> str:
         return f"'{name}' is a folder, name a file of weights in it{hint}"
     unset = [x.strip("{}") for x in re.findall(r"\$(\w+|\{[^}]*\})", path)]
     hint = f" (the environment variable {unset[0]} is not set)" if unset else ""
-    return f"no such file '{name}'{hint}"
+    return f"no such file '{name}'{hint}{_where(name)}"
 
 
 def _cache_path(url: str) -> str:

@@ -52,17 +52,28 @@ def test_of_several_teachers_each_row_gets_the_one_it_names(tmp_path):
     assert len(teachers) == 9 and runs[:9] == teachers
     for run in runs[9:]:
         family = run.row["config"].split("_student")[0]
-        if run.row["config"].endswith("_student.yaml"):
+        if "method" not in run.row:
             assert not run.needs and "KD.TEACHER.WEIGHTS" not in run.opts
         else:
             (teacher,) = run.needs
+            flags = ["--config-file", f"{family}_student.yaml", "--teacher", teacher.row["config"]]
+            assert run.flags == [*flags, "--method", run.row["method"]]
             assert teacher.row["config"] == f"{family}_teacher.yaml"
             weights = run.opts[run.opts.index("KD.TEACHER.WEIGHTS") + 1]
             assert weights == os.path.join(teacher.dir, "model_final.pth")
     suite["rows"] = [row for row in suite["rows"] if row["name"] != "FCOS teacher"]
-    with pytest.raises(ConfigError, match="'FCOS student.CWD' learns from .*fcos_teacher.yaml"):
+    with pytest.raises(
+        ConfigError, match="'FCOS student.CWD' learns from 'FCOS teacher', which is no"
+    ):
         suites.make_runs(suite, [1], str(tmp_path), [])
-    suite["rows"] += [dict(suite["rows"][0], name="again")]
+
+
+def test_a_teacher_may_be_found_by_the_config_that_a_row_names(suite, tmp_path):
+    rows = suite["rows"]
+    rows += [dict(rows[1], name="other", config="configs/shapes/fcos_teacher.yaml")]
+    runs = suites.make_runs(suite, [1], str(tmp_path), [])
+    assert [need.label for run in runs[3:] for need in run.needs] == ["teacher"]
+    rows += [dict(rows[1], name="again")]
     with pytest.raises(ConfigError, match="same config"):
         suites.make_runs(suite, [1], str(tmp_path), [])
 
@@ -92,7 +103,7 @@ def test_a_teacher_starts_from_the_weights_of_another(tmp_path):
     stamp = second.stamp()
     first.opts += ["SOLVER.MAX_ITER", 3]
     assert second.stamp() != stamp  # another first teacher makes another second
-    suite["rows"] = [row for row in suite["rows"] if row["name"] != "teacher"]
+    suite["rows"] = [row for row in suite["rows"] if row["name"] in ("teacher 2x", "student")]
     with pytest.raises(ConfigError, match="'teacher 2x' starts from 'teacher', which is no row"):
         suites.make_runs(suite, [1], str(tmp_path), [])
 

@@ -24,6 +24,10 @@ def row(**entries):
     return {"rows": [ROWS[1], {"name": "a", "config": "a.yaml"} | entries]}
 
 
+def distilled(**entries):
+    return {"rows": [ROWS[0], {"name": "c", "student": "a", "method": "CWD"} | entries]}
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
@@ -36,7 +40,7 @@ def row(**entries):
         ({"show": "a"}, "show is 'a', write a list"),
         ({"baseline": "stduent"}, "baseline: 'stduent' is not one of a, b"),
         ({"score": float("nan")}, "score is nan"),
-        ({"rows": ["a"]}, "a row needs name and config: a"),
+        ({"rows": ["a"]}, "a row needs name and config .*: a"),
         ({"rows": [ROWS[0], ROWS[0]]}, "row 'a' stands twice"),
         (row(config=3), "row 'a': config is 3, write a config file"),
         (row(name=5), "row '5': name is 5, write text"),
@@ -45,6 +49,14 @@ def row(**entries):
         (row(roll="teacher"), "row 'a': unknown entry 'roll'; did you mean role"),
         (row(role="taecher"), "'taecher' is not one of teacher, start; did you mean teacher"),
         (row(opts=["SOLVER.MAX_ITER"]), "row 'a': opts come in pairs"),
+        (row(opts=[["SEED"]]), "row 'a': opts come in pairs"),
+        (row(student="b"), "a row needs name and config .or student and method."),
+        ({"rows": [ROWS[0], {"name": "c", "student": "a"}]}, "student and method go together"),
+        (distilled(student="z"), "student of row 'c': 'z' is not one of a"),
+        (distilled(student="c"), "student of row 'c': 'c' is not one of a"),
+        (distilled(role="teacher"), "row 'c' is distilled: it takes no role"),
+        (distilled(), "row 'c': the suite has 0 rows with role teacher; say which one"),
+        (distilled(teacher="a"), "teacher of row 'c': 'a' is not one of"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(tmp_path, entries, message):
@@ -98,3 +110,31 @@ def test_references_that_explode_are_refused_before_they_are_followed():
     with pytest.raises(ConfigError, match=f"more than {MAX_ENTRIES} entries"):
         check_yaml("\n".join(lines), "f.yaml")
     check_yaml("base: &b {a: 1}\nx: {<<: *b, a: 2}\ny: *b", "f.yaml")  # a merge and reuse are fine
+
+
+def test_a_row_of_student_teacher_and_method_is_spelled_out(tmp_path):
+    rows = [
+        {"name": "T", "config": "t.yaml", "role": "teacher"},
+        {"name": "origin", "config": "o.yaml", "role": "start"},
+        {"name": "S", "config": "s.yaml", "init": "origin", "opts": ["A", 1]},
+        {"name": "by name", "student": "S", "method": "CWD", "opts": [["B", [2]], "C", 3]},
+        {"name": "by file", "student": "x.yaml", "teacher": "y.yaml", "method": "FGFI,CWD"},
+    ]
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump({"dataset": "d", "opts": [["D", 4]], "rows": rows}))
+    suite = read_suite(str(path))
+    assert suite["opts"] == ["D", 4]
+    by_name, by_file = suite["rows"][3:]
+    assert by_name == rows[3] | {
+        "config": "s.yaml",
+        "init": "origin",
+        "opts": ["A", 1, "B", [2], "C", 3],
+        "teacher": "T",
+        "teacher_config": "t.yaml",
+    }
+    assert by_file["config"] == "x.yaml" and by_file["teacher_config"] == "y.yaml"
+    assert "teacher" not in by_file and "init" not in by_file
+    rows[4] |= {"student": "by name"}
+    path.write_text(yaml.safe_dump({"dataset": "d", "rows": rows}))
+    with pytest.raises(ConfigError, match="its student 'by name' is distilled, name a plain one"):
+        read_suite(str(path))

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(
     path.relative_to(ROOT / "configs").as_posix()
     for path in (ROOT / "configs").rglob("*.yaml")
-    if path.parent.name != "suites"  # lists of runs for kd-compare
+    if path.parent.name not in ("suites", "methods")  # no configs of their own
 )
 RUNNABLE = [name for name in CONFIGS if not Path(name).name.startswith("Base-")]
 # compared in files of their own: test_icd_configs.py, test_sdf_configs.py, test_csa_configs.py

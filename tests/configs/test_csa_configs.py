@@ -46,7 +46,7 @@ def test_coco(detector, student, kind, method, scale, teacher):
     assert kd.HEADS == HEADS[method]
     assert kd.TEACHER.INPUT_SCALE == scale
     zoo = f"model_zoo://COCO-Detection/{detector}_R_101_FPN_3x.yaml"
-    hires = f"configs/COCO-Detection/{detector}_R101_FPN_hires_3x.yaml"
+    hires = str(ROOT / f"COCO-Detection/{detector}_R101_FPN_hires_3x.yaml")
     assert kd.TEACHER.CONFIG_FILE == (zoo if teacher == "zoo" else hires)
     assert (kd.TEACHER.WEIGHTS == "") == (teacher == "zoo")
     pairs = [] if scale == 1 else [[level, level] for level in PYRAMID[detector]]
@@ -78,7 +78,7 @@ def test_small_data_sets(folder, detector, method, suffix, scale):
     assert cfg.KD.HEADS == HEADS[method]
     assert cfg.KD.TEACHER.INPUT_SCALE == scale
     teacher = f"{folder}/{detector}_teacher{suffix}.yaml"
-    assert cfg.KD.TEACHER.CONFIG_FILE == f"configs/{teacher}"
+    assert cfg.KD.TEACHER.CONFIG_FILE == str(ROOT / teacher)
     assert cfg.KD.TEACHER.WEIGHTS == f"{load(teacher).OUTPUT_DIR}/model_final.pth"
     if method == "output_kd":
         return

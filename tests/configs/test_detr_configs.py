@@ -67,7 +67,7 @@ def test_the_pair_differs_from_the_plain_student_in_kd_only(name):
     plain, teacher = PAIRS[name]
     ours, other = load(name), load(plain)
     assert ours.KD.HEADS == ("D3ETR",)
-    assert ours.KD.TEACHER.CONFIG_FILE == f"configs/COCO-DETR/{teacher}.yaml"
+    assert ours.KD.TEACHER.CONFIG_FILE == str(FOLDER / f"{teacher}.yaml")
     for key in ("MODEL", "SOLVER", "INPUT", "DATASETS", "DATALOADER", "TEST"):
         assert ours[key] == other[key]
 

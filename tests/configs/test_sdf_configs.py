@@ -40,7 +40,7 @@ def test_coco(detector, student, kind, scale, teacher):
     assert (kd.META_ARCHITECTURE, kd.HEADS) == ("DistillMetaArch", ("SDF",))
     assert kd.TEACHER.INPUT_SCALE == scale
     zoo = f"model_zoo://COCO-Detection/{detector}_R_101_FPN_3x.yaml"
-    hires = f"configs/COCO-Detection/{detector}_R101_FPN_hires_3x.yaml"
+    hires = str(ROOT / f"COCO-Detection/{detector}_R101_FPN_hires_3x.yaml")
     assert kd.TEACHER.CONFIG_FILE == (zoo if teacher == "zoo" else hires)
     assert (kd.TEACHER.WEIGHTS == "") == (teacher == "zoo")
     sdf = kd.SDF
@@ -82,7 +82,7 @@ def test_small_data_sets(folder, detector):
         for key in SECTIONS:
             assert cfg[key] == plain[key]
         assert cfg.KD.TEACHER.INPUT_SCALE == scale
-        assert cfg.KD.TEACHER.CONFIG_FILE == f"configs/{folder}/{detector}_{teacher}.yaml"
+        assert cfg.KD.TEACHER.CONFIG_FILE == str(ROOT / f"{folder}/{detector}_{teacher}.yaml")
         folder_of_teacher = load(f"{folder}/{detector}_{teacher}.yaml").OUTPUT_DIR
         assert cfg.KD.TEACHER.WEIGHTS == f"{folder_of_teacher}/model_final.pth"
         assert (cfg.KD.SDF.PRESET, cfg.KD.SDF.EMA_DECAY) == ("balanced", 0.995)

@@ -63,7 +63,7 @@ def test_protocol(name):
     node = cfg.MODEL.RETINANET if dense else cfg.MODEL.ROI_HEADS
     assert (node.NUM_CLASSES, node.SCORE_THRESH_TEST) == (10, 0.005)
     assert cfg.MODEL.META_ARCHITECTURE == ("RetinaNet" if dense else "GeneralizedRCNN")
-    assert cfg.OUTPUT_DIR == f"output/visdrone/{name}"
+    assert cfg.OUTPUT_DIR == f"output/VisDrone/{name}"
     assert cfg.SOLVER.IMS_PER_BATCH == 8
 
 
@@ -102,7 +102,7 @@ def test_students_differ_from_the_plain_one_in_kd_only(item):
     detector, student, method, recipe = item
     plain, cfg = load(f"{detector}_{student}_FPN{recipe}"), load(distilled_name(*item))
     teacher = f"{detector}_R101_FPN{recipe}"
-    assert cfg.KD.TEACHER.CONFIG_FILE == f"configs/VisDrone/{teacher}.yaml"
+    assert cfg.KD.TEACHER.CONFIG_FILE == str(FOLDER / f"{teacher}.yaml")
     assert cfg.KD.TEACHER.WEIGHTS == f"{load(teacher).OUTPUT_DIR}/model_final.pth"
     assert cfg.KD.HEADS == (method.upper(),)
     if method == "icd":
@@ -122,7 +122,7 @@ def test_scalekd(item):
     for key in ("HEADS", "SDF", "CSA", "LEVEL_MAP"):
         assert cfg.KD[key] == coco.KD[key]
     teacher = f"{detector}_R101_FPN" + ("_1600" if high else "")
-    assert cfg.KD.TEACHER.CONFIG_FILE == f"configs/VisDrone/{teacher}.yaml"
+    assert cfg.KD.TEACHER.CONFIG_FILE == str(FOLDER / f"{teacher}.yaml")
     assert cfg.KD.TEACHER.WEIGHTS == f"{load(teacher).OUTPUT_DIR}/model_final.pth"
     sides = [load(name).INPUT.MIN_SIZE_TEST for name in (teacher, f"{detector}_{student}_FPN")]
     assert cfg.KD.TEACHER.INPUT_SCALE == sides[0] / sides[1]

@@ -54,7 +54,8 @@ def collect(suite: dict, runs: Sequence[Run], command: str, measure: bool = Fals
             continue
         name, folders = row["name"], [run.dir for run in own]
         finished[name] = own
-        facts = {"config": row["config"], "iterations": own[0].cfg.SOLVER.MAX_ITER, **_costs(own)}
+        config = " ".join(own[0].flags[1:])
+        facts = {"config": config, "iterations": own[0].cfg.SOLVER.MAX_ITER, **_costs(own)}
         if row.get("role") == "start":
             starts.append({"name": name, "seeds": 1, **facts})
             continue

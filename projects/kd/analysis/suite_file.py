@@ -29,6 +29,8 @@ _SUITE = {
 _ROW = {
     "name": (str, "text"),
     "config": (str, "a config file"),
+    "student": (str, "a config file, or the name of a row above"),
+    "method": (str, "a method of configs/methods or an imitation head"),
     "role": (str, "teacher or start"),
     "baseline": (str, "the name of a row"),
     "teacher": (str, "the name of a row with role teacher"),
@@ -39,6 +41,10 @@ _ROW = {
 
 def read_suite(path: str) -> dict:
     """Read and check a suite file.
+
+    Returns:
+        What it holds. A row with ``student`` and ``method`` has a ``config`` as well, the
+        student's, with its row's options and start, and ``teacher_config``.
 
     Raises:
         ConfigError: the first thing found wrong, with the file and the row.
@@ -66,10 +72,50 @@ def read_suite(path: str) -> dict:
     reported = [row["name"] for row in suite["rows"] if row.get("role") != "start"]
     teachers = [row["name"] for row in suite["rows"] if row.get("role") == "teacher"]
     for row in suite["rows"]:
-        for entry, known in (("baseline", reported), ("teacher", teachers)):
-            if entry in row:
-                require_one_of(f"{where}: {entry} of row '{row['name']}'", row[entry], known)
-    return suite
+        here = f"{where}: {{}} of row '{row['name']}'"
+        if "baseline" in row:
+            require_one_of(here.format("baseline"), row["baseline"], reported)
+        if "teacher" in row and not ("student" in row and _is_config(row["teacher"])):
+            require_one_of(here.format("teacher"), row["teacher"], teachers)
+    above: dict[str, dict] = {}
+    for node in (suite, *suite["rows"]):
+        if "opts" in node:
+            node["opts"] = flat_opts(node["opts"])
+    for row in suite["rows"]:
+        above[row["name"]] = _spelled_out(row, above, suite["rows"], where)
+    return {**suite, "rows": list(above.values())}
+
+
+def _is_config(name: str) -> bool:
+    return name.endswith((".yaml", ".yml", ".py"))
+
+
+def _spelled_out(row: dict, above: Mapping[str, dict], rows: list[dict], where: str) -> dict:
+    """A row with student, teacher and method as one with the configs of both."""
+    if "student" not in row:
+        return row
+    here, student = f"{where}: row '{row['name']}'", row["student"]
+    if not _is_config(student):
+        require_one_of(f"{where}: student of row '{row['name']}'", student, above)
+    origin = above.get(student, {"config": student})
+    if "method" in origin:
+        raise ConfigError(f"{here}: its student '{student}' is distilled, name a plain one")
+    full = {**origin, **row, "opts": [*origin.get("opts", []), *row.get("opts", [])]}
+    full.pop("role", None)
+    teacher = row.get("teacher", "")
+    if not teacher:
+        teachers = [x["name"] for x in rows if x.get("role") == "teacher"]
+        if len(teachers) != 1:
+            raise ConfigError(
+                f"{here}: the suite has {len(teachers)} rows with role teacher; say which one it "
+                "learns from, teacher: NAME"
+            )
+        teacher = teachers[0]
+    if _is_config(teacher):
+        full.pop("teacher")
+        return {**full, "teacher_config": teacher}
+    config = next(x for x in rows if x["name"] == teacher).get("config")
+    return {**full, "teacher": teacher, "teacher_config": config}
 
 
 def _each(entry: str, suite: Mapping) -> list[tuple[str, object]]:
@@ -78,8 +124,8 @@ def _each(entry: str, suite: Mapping) -> list[tuple[str, object]]:
 
 def _check_row(row, names: list[str], where: str) -> None:
     """Check a row and add its name to those before it."""
-    if not isinstance(row, dict) or not {"name", "config"} <= set(row):
-        raise ConfigError(f"{where}: a row needs name and config: {row}")
+    if not isinstance(row, dict) or "name" not in row or ("config" in row) == ("student" in row):
+        raise ConfigError(f"{where}: a row needs name and config (or student and method): {row}")
     here = f"{where}: row '{row['name']}'"
     _check_entries(row, _ROW, here)
     name = row["name"]
@@ -87,6 +133,10 @@ def _check_row(row, names: list[str], where: str) -> None:
         raise ConfigError(f"{here}: a name becomes a folder, it must be text without '{os.sep}'")
     if name in names:
         raise ConfigError(f"{here} stands twice; give one of them another name")
+    if ("student" in row) != ("method" in row):
+        raise ConfigError(f"{here}: student and method go together, it has one of them")
+    if "role" in row and "student" in row:
+        raise ConfigError(f"{here} is distilled: it takes no role, teachers have a config")
     if "role" in row:
         require_one_of(f"{where}: role of row '{name}'", row["role"], ONCE)
     names.append(name)
@@ -101,6 +151,18 @@ def _check_entries(node: Mapping, known: Mapping, where: str) -> None:
         right = number and math.isfinite(value) if kind is float else isinstance(value, kind)
         if not right:
             raise ConfigError(f"{where}: {entry} is {value!r}, write {what}")
-    opts = node.get("opts", [])
+    opts = flat_opts(node.get("opts", []))
     if len(opts) % 2 or any(not isinstance(key, str) for key in opts[::2]):
         raise ConfigError(f"{where}: opts come in pairs KEY, value: {opts}")
+
+
+def flat_opts(opts: list) -> list:
+    """Options where a list in the place of a key, as ``*anchor`` gives it, stands for its own."""
+    flat, rest = [], list(opts)
+    while rest:
+        if isinstance(rest[0], list):
+            rest[:1] = flat_opts(rest[0])
+            continue
+        flat += rest[:2]
+        rest = rest[2:]
+    return flat

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -13,9 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from detectron2.config import CfgNode
+
 from ..config import load_config
 from ..errors import ConfigError
-from ..files import shipped_configs, write_atomically
+from ..files import find_shipped, shipped_configs, write_atomically
+from ..recipes import recipe_config
 from .report import read_jsonl
 from .run_folders import last_line, move_aside, read_or_none, run_logged
 from .suite_file import ONCE, read_suite
@@ -63,6 +65,7 @@ class Run:
             self.opts += ["SEED", seed]
         self.gpu_peak_mb: float | None = (self.finished() or {}).get("gpu_peak_mb")
         self._process: subprocess.Popen | None = None
+        self._read: tuple[list[str], CfgNode] | None = None
         self._stopped = False
 
     @property
@@ -75,14 +78,22 @@ class Run:
         """Where the trained weights will be."""
         return os.path.join(self.dir, "model_final.pth")
 
-    @functools.cached_property
+    @property
     def cfg(self):
-        """The config with all overrides, read once."""
-        return self._load_config()
+        """The config with all overrides, read once as long as these stay the same."""
+        words = [str(x) for x in self.opts]
+        if self._read is None or self._read[0] != words:
+            self._read = words, _config_of(self.row, words, "--suite (or after --)")
+        return self._read[1]
 
-    def _load_config(self):
-        source = f"--suite (or after --): opts of row '{self.row['name']}'"
-        return load_config(self.row["config"], [str(x) for x in self.opts], source)
+    @property
+    def flags(self) -> list[str]:
+        """Those of train_net.py that name the config, or student, teacher and method."""
+        row = self.row
+        flags = ["--config-file", row["config"]]
+        if "method" in row:
+            flags += ["--teacher", row["teacher_config"], "--method", row["method"]]
+        return flags
 
     @property
     def is_distilled(self) -> bool:
@@ -91,7 +102,7 @@ class Run:
 
     def stamp(self) -> str:
         """Hash of all settings, of the needed runs too: another teacher makes another run."""
-        cfg = self._load_config()
+        cfg = self.cfg.clone()
         for key in ("OUTPUT_DIR", "VERSION"):
             cfg.pop(key)
         text = cfg.dump() + "".join(run.stamp() for run in self.needs)
@@ -144,7 +155,7 @@ class Run:
         write_atomically(settings, stamp)
         resume = ["--resume"] if os.path.isfile(os.path.join(self.dir, "last_checkpoint")) else []
         command = [*training_command(), *resume]
-        command += ["--config-file", self.row["config"], "OUTPUT_DIR", self.dir]
+        command += [*self.flags, "OUTPUT_DIR", self.dir]
         command += [str(x) for x in self.opts]
         say(f"[{progress}] {self.label}: {shlex.join(command)}")
         self._train(command, threads, on_line)
@@ -278,12 +289,18 @@ def select_rows(rows: list[dict], names: list[str]) -> list[dict]:
 
 def is_distilled(row: dict) -> bool:
     """Whether the row's config trains with imitation heads."""
-    return bool(_config_of(row).KD.META_ARCHITECTURE)
+    return "method" in row or bool(_config_of(row, row.get("opts", [])).KD.META_ARCHITECTURE)
 
 
-def _config_of(row: dict):
-    source = f"--suite: opts of row '{row['name']}'"
-    return load_config(row["config"], [str(x) for x in row.get("opts", [])], source)
+def _config_of(row: dict, opts: Sequence, start: str = "--suite"):
+    """The config of a row with options, by a recipe where the row names a method."""
+    source, words = f"{start}: opts of row '{row['name']}'", [str(x) for x in opts]
+    if "method" not in row:
+        return load_config(row["config"], words, source)
+    try:
+        return recipe_config(row["config"], row["teacher_config"], row["method"], words)[0]
+    except ConfigError as error:
+        raise ConfigError(f"--suite: row '{row['name']}': {error}") from error
 
 
 def _teacher_of(row: dict, teachers: Sequence[dict]) -> dict | None:
@@ -291,11 +308,20 @@ def _teacher_of(row: dict, teachers: Sequence[dict]) -> dict | None:
     if not teachers:
         return None
     if "teacher" in row:
-        return next(x for x in teachers if x["name"] == row["teacher"])
+        found = next((x for x in teachers if x["name"] == row["teacher"]), None)
+        if found is None:
+            raise ConfigError(
+                f"--suite: row '{row['name']}' learns from '{row['teacher']}', which is no row "
+                "with role teacher"
+            )
+        return found
+    if "method" in row:  # its teacher is a config, trained elsewhere
+        return None
     if len(teachers) == 1:
         return teachers[0]
-    named = _config_of(row).KD.TEACHER.CONFIG_FILE
-    found = [x for x in teachers if os.path.abspath(x["config"]) == os.path.abspath(named)]
+    named = _config_of(row, row.get("opts", [])).KD.TEACHER.CONFIG_FILE
+    wanted = os.path.abspath(find_shipped(named))
+    found = [x for x in teachers if os.path.abspath(find_shipped(x["config"])) == wanted]
     if not found:
         raise ConfigError(
             f"--suite: row '{row['name']}' learns from {named}, and no row with role teacher has "

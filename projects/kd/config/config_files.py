@@ -13,6 +13,8 @@ from detectron2.config import CfgNode as CN
 
 from ..errors import ConfigError, did_you_mean
 from ..files import MODEL_ZOO_PREFIX, is_zoo_config, resolve_config
+from ..moved_configs import moved
+from .config_paths import resolve_relative
 from .yaml_files import check_yaml
 
 # files that are being read: each is the base of the one before it
@@ -35,6 +37,8 @@ class ConfigFile(CN):
             filename = resolve_config(name, "_BASE_")
         chain = _CHAIN.get()
         here = os.path.realpath(filename)
+        if chain and not os.path.isfile(here):
+            raise ConfigError(f"{chain[-1]}: _BASE_: no such file '{filename}'{moved(filename)}")
         if here in chain:
             raise ConfigError(
                 f"{chain[-1]}: _BASE_ '{os.path.basename(filename)}' is based on this file itself: "
@@ -44,7 +48,9 @@ class ConfigFile(CN):
         log.addFilter(_is_news)
         token = _CHAIN.set((*chain, here))
         try:
-            return super().load_yaml_with_base(filename, allow_unsafe=is_zoo_config(filename))
+            raw = super().load_yaml_with_base(filename, allow_unsafe=is_zoo_config(filename))
+            resolve_relative(raw, filename)
+            return raw
         finally:
             _CHAIN.reset(token)
             log.removeFilter(_is_news)

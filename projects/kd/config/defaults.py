@@ -19,6 +19,7 @@ from detectron2.utils.logger import log_first_n
 from ..errors import ConfigError
 from ..files import resolve_config
 from .config_files import check_keys, check_override, read_yaml
+from .config_paths import default_output
 
 # what KD.TEACHER.DTYPE names
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -248,7 +249,8 @@ def load_config(
         source: where ``opts`` come from, for messages.
 
     Returns:
-        An unfrozen config. MODEL.DEVICE "cuda" becomes "cpu" on a machine without a GPU.
+        An unfrozen config. OUTPUT_DIR is by default ``output/`` and the path of the config below
+        ``configs/``. MODEL.DEVICE "cuda" becomes "cpu" on a machine without a GPU.
 
     Raises:
         ConfigError: file missing, not a mapping, unknown key, or wrong type of a value.
@@ -261,6 +263,7 @@ def load_config(
     _import_modules(_early_imports(raw, opts), path)
     cfg = get_cfg()
     add_kd_config(cfg)
+    cfg.OUTPUT_DIR = default_output(path)
     merge_config(cfg, raw, path)
     merge_overrides(cfg, opts, source)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
