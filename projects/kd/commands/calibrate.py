@@ -20,8 +20,8 @@ A head with modules of its own (adapters, decoders) is measured with random ones
 adapter had 0.003 at first and 0.6 after 500 iterations. KD.BALANCE measures while training runs.
 
 Which share is good depends on how far the student is. From scratch, 30 times the task's gradient
-helped most in the first hundreds of iterations; with students that had learnt, 0.6 (FGFI) and 1.2
-(CWD). Take a suggested weight as a place to start looking.
+helped most in the first hundreds of iterations; with half-trained students, 0.6 to 1.8 (FGFI) and
+1.2 (CWD). Take a suggested weight as a place to start looking.
 """
 
 from __future__ import annotations
