@@ -3,7 +3,7 @@
 import pytest
 import torch
 from head_contract import HeadContract
-from kd_testing import CHANNELS, STRIDES, head_cfg, make_context, toy_info, wave
+from kd_testing import CHANNELS, STRIDES, ToyDetector, head_cfg, make_context, toy_info, wave
 from modern_inputs import cos, sin
 from torch import nn
 
@@ -159,3 +159,33 @@ def test_ratios_that_are_none_are_refused(ratio):
 def test_targets_that_are_predictions_are_refused():
     with pytest.raises(ConfigError, match="KD.MGD.TARGET"):
         build(TARGET="dense")
+
+
+@pytest.mark.parametrize(
+    ("node", "factor"),
+    [
+        ({}, 800 * 1344 / 64**2),
+        ({"AREA_REF": 0.0}, 1.0),
+        ({"AREA_REF": 512.0}, 2.0),
+        # half of the canvas is padding: half of the cells count
+        ({"AREA_REF": 512.0, "MASK_PADDING": True}, 4.0),
+    ],
+)
+def test_the_map_that_a_segmentation_head_reads(node, factor):
+    """16x16 cells on a canvas of 64x64 pixels."""
+    model = type("SemanticSegmentor", (ToyDetector,), {})()
+    model.sem_seg_head = nn.Module()
+    model.sem_seg_head.predictor = nn.Conv2d(5, 4, 1)
+    info = toy_info(model=model, taps=("features", "decoder"))
+    cfg = head_cfg("MGD", TARGET="decoder", MASK_RATIO=0.0, WEIGHT=0.5, **node)
+    head = build_imitation_heads(cfg, info, info)["MGD"]
+    assert list(head.generators) == ["decoder"] and head.generators["decoder"][0].in_channels == 5
+    height = 32 if node.get("MASK_PADDING") else 64
+    ctx = make_context(sizes=((height, 64),), canvas=(64, 64))
+    student, teacher = torch.randn(2, 1, 5, 16, 16)
+    ctx.student_outputs["decoder"], ctx.teacher_outputs["decoder"] = student, teacher
+    rows = height // 4
+    inside = torch.nn.functional.pad(student[:, :, :rows], (0, 0, 0, 16 - rows))
+    generated = head.generators["decoder"](inside)[:, :, :rows]
+    expected = 0.5 * factor * (generated - teacher[:, :, :rows]).square().sum()
+    torch.testing.assert_close(head(ctx)["loss_kd_mgd"], expected)

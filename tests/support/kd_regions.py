@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import GeneralizedRCNN
@@ -12,7 +14,10 @@ from detectron2.modeling.proposal_generator.rpn import RPN, StandardRPNHead
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
 from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.structures import Boxes, Instances
-from kd_testing import CHANNELS, STRIDES, ToyDetector, random_boxes
+from kd_testing import CHANNELS, STRIDES, ToyDetector, make_context, random_boxes
+
+from projects.kd.context import ModelInfo
+from projects.kd.taps import taps_for
 
 REGION_CLASSES = 3
 _UNITS = (10.0, 10.0, 5.0, 5.0)
@@ -68,3 +73,22 @@ def regions_of(sizes, seed: int = 0, count: int = 5) -> list[Instances]:
         own.gt_classes = torch.randint(REGION_CLASSES + 1, (count,), generator=generator)
         found.append(own)
     return found
+
+
+def region_info(model: GeneralizedRCNN) -> ModelInfo:
+    """One side of a pair of toy R-CNNs."""
+    shapes = model.backbone.output_shape()
+    return ModelInfo(model=model, shapes=shapes, taps=frozenset(taps_for(model)))
+
+
+def region_context(student, teacher, count: int = 5, **kwargs):
+    """A context with ``count`` regions an image; the student's logits are leaves."""
+    channels = tuple(x.backbone.output_shape()["p3"].channels for x in (student, teacher))
+    ctx = make_context(channels=channels, **kwargs)
+    regions = regions_of(ctx.image_sizes, count=count)
+    generator = torch.Generator().manual_seed(3)
+    rows = count * len(regions)
+    logits = torch.randn(rows, REGION_CLASSES + 1, generator=generator).requires_grad_()
+    ctx.student_outputs.update(sampled_proposals=regions, box=(logits, None))
+    ctx.student, ctx.teacher = student, SimpleNamespace(model=teacher)
+    return ctx
