@@ -1,14 +1,15 @@
 """DKD on the regions of two-stage detectors: values, stages, and what it refuses."""
 
 import functools
-from types import SimpleNamespace
 
 import kd_models
 import pytest
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from kd_detectors import DETECTORS
+from kd_regions import REGION_CLASSES, region_context, region_info, toy_rcnn
+from kd_testing import CHANNELS, head_cfg
 from modern_inputs import rows
 
 from projects.kd.context import ModelInfo
@@ -22,12 +23,12 @@ RCNN = "GeneralizedRCNN"
 
 
 @functools.cache
-def detector(kind="Faster R-CNN", device="meta", **overrides):
-    """An outline: nothing is computed with it, unless ``device`` says so."""
+def detector(kind="Faster R-CNN", **overrides):
+    """An outline: nothing is computed with it."""
     arch, changes = DETECTORS[kind]
     changes = {key.replace(".", "__"): value for key, value in changes.items()}
-    with torch.device(device):
-        cfg = kd_models.tiny_cfg(arch, **{**changes, **overrides, "MODEL__DEVICE": device})
+    with torch.device("meta"):
+        cfg = kd_models.tiny_cfg(arch, **{**changes, **overrides, "MODEL__DEVICE": "meta"})
         return kd_models.build(cfg)
 
 
@@ -85,30 +86,59 @@ def wrapper(written, student="Faster R-CNN", teacher="Faster R-CNN", **overrides
     )
 
 
-@pytest.mark.parametrize("kind", ["Faster R-CNN", "Cascade R-CNN"])
-def test_the_teachers_logits_are_those_of_the_students_regions(written, kind):
-    """And the gradient is in the class branch and below, never in boxes or in the teacher."""
-    model = wrapper(written, kind, kind)
-    batch = kd_models.make_batch()
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_the_teachers_logits_are_those_of_the_students_regions(scale):
+    """Of a teacher that sees the image at twice the size, on regions of twice the size."""
+    student, teacher = toy_rcnn(), toy_rcnn(CHANNELS + 2, seed=1)
+    ctx = region_context(student, teacher, teacher_scale=scale)
+    regions = ctx.student_outputs["sampled_proposals"]
+    cfg = head_cfg("DKD", {"TEACHER": {"INPUT_SCALE": scale}}, WEIGHT=2.0)
+    head = build_imitation_heads(cfg, region_info(student), region_info(teacher))["DKD"]
+    loss = head(ctx)["loss_kd_dkd"]
+    with torch.no_grad():
+        heads, maps = teacher.roi_heads, list(ctx.teacher_features.values())
+        boxes = [Boxes(scale * x.proposal_boxes.tensor) for x in regions]
+        expected, _ = heads.box_predictor(heads.box_head(heads.box_pooler(maps, boxes)))
+    logits, _ = ctx.student_outputs["box"]
+    classes = torch.cat([x.gt_classes for x in regions])
+    torch.testing.assert_close(loss, 2 * dkd_loss(logits, expected, classes))
+    loss.backward()
+    assert logits.grad.any() and all(p.grad is None for p in teacher.parameters())
+    assert all(x.grad is None for x in ctx.teacher_features.values())
+
+
+def test_equal_detectors_give_zero():
+    student = toy_rcnn()
+    ctx = region_context(student, student, same=True)
+    head = build_imitation_heads(head_cfg("DKD"), *[region_info(student)] * 2)["DKD"]
+    ((_, target, _),) = head.regions.read(ctx)
+    assert head(ctx)["loss_kd_dkd"] > 0.01
+    ctx.student_outputs["box"] = (target.requires_grad_(), None)
+    assert head(ctx)["loss_kd_dkd"].item() == pytest.approx(0, abs=1e-7)
+
+
+def test_half_precision_features_and_images_without_boxes():
+    student, teacher = toy_rcnn(), toy_rcnn(seed=1)
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        ctx = region_context(student, teacher, boxes=0, dtype=dtype)
+        for image in ctx.student_outputs["sampled_proposals"]:
+            image.gt_classes.fill_(REGION_CLASSES)
+        head = build_imitation_heads(head_cfg("DKD"), *map(region_info, (student, teacher)))["DKD"]
+        losses.append(head(ctx)["loss_kd_dkd"])
+        assert losses[-1].dtype == torch.float32
+    torch.testing.assert_close(*losses, rtol=0.05, atol=1e-3)
+
+
+def test_every_stage_of_a_cascade_and_gradients_in_the_class_branch_alone(written):
+    model = wrapper(written, "Cascade R-CNN", "Cascade R-CNN")
     with EventStorage():
-        ctx, _ = model.observe(batch)
+        ctx, _ = model.observe(kd_models.make_batch())
         stages = model.heads["DKD"].regions.read(ctx)
         loss = model.heads["DKD"](ctx)["loss_kd_dkd"]
-    assert len(stages) == (3 if kind == "Cascade R-CNN" else 1)
-    roi_heads = model.teacher.model.roi_heads
-    heads = roi_heads.box_head, roi_heads.box_predictor
-    regions = ctx.student_outputs["sampled_proposals"]
-    with torch.no_grad():
-        maps = [ctx.teacher_features[x] for x in roi_heads.box_in_features]
-        pooled = roi_heads.box_pooler(maps, [x.proposal_boxes for x in regions])
-        head, predictor = heads if len(stages) == 1 else (heads[0][0], heads[1][0])
-        expected, _ = predictor(head(pooled))
-    torch.testing.assert_close(stages[0][1], expected)
-    assert torch.equal(stages[0][2], torch.cat([x.gt_classes for x in regions]))
-    assert not any(target.requires_grad for _, target, _ in stages)
+    assert len(stages) == 3
     loss.backward()
-    predictors = model.student.roi_heads.box_predictor
-    for own in predictors if len(stages) > 1 else [predictors]:
+    for own in model.student.roi_heads.box_predictor:
         assert own.cls_score.weight.grad.any() and own.bbox_pred.weight.grad is None
     assert model.student.proposal_generator.rpn_head.conv.weight.grad is None
     assert model.student.backbone.fpn_output2.weight.grad.any()
@@ -124,48 +154,12 @@ def test_of_a_cascade_teacher_a_plain_student_learns_from_the_first_stage(writte
     assert ran == [0] and losses["loss_kd_dkd"] > 0
 
 
-def test_a_teacher_of_double_resolution_reads_scaled_regions(written):
-    model = wrapper(written, KD__TEACHER__INPUT_SCALE=2.0)
-    pooled = []
-    pooler = model.teacher.model.roi_heads.box_pooler
-    pooler.register_forward_pre_hook(lambda module, args: pooled.append(args[1]))
-    with EventStorage():
-        ctx, _ = model.observe(kd_models.make_batch(teacher_scale=2.0))
-        loss = model.heads["DKD"](ctx)["loss_kd_dkd"]
-    assert loss.isfinite() and loss > 0
-    own = [2 * x.proposal_boxes.tensor for x in ctx.student_outputs["sampled_proposals"]]
-    assert all(torch.equal(a.tensor, b) for a, b in zip(pooled[0], own, strict=True))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_images_without_boxes_and_half_precision(written, dtype):
-    """Then every proposal is background."""
-    model = wrapper(written)
-    batch = kd_models.make_batch(boxes=0)
-    with EventStorage(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        ctx, _ = model.observe(batch)
-        loss = model.imitate(ctx)["loss_kd_dkd"]
-    assert loss.dtype == torch.float32 and loss.isfinite() and loss > 0
-    loss.backward()
-    assert model.student.roi_heads.box_predictor.cls_score.weight.grad.isfinite().all()
-
-
 def test_a_step_without_regions_gives_zero():
-    student = detector(device="cpu")
-    head = build(student, student)
-    nothing = Instances((64, 64), proposal_boxes=Boxes(torch.zeros(0, 4)))
-    nothing.gt_classes = torch.zeros(0, dtype=torch.long)
-    logits = torch.zeros(0, kd_models.CLASSES + 1, requires_grad=True)
-    features = {f"p{k}": torch.zeros(1, 16, 2 ** (6 - k), 2 ** (6 - k)) for k in range(2, 7)}
-    ctx = SimpleNamespace(
-        student=student,
-        teacher=SimpleNamespace(model=student),
-        teacher_features=features,
-        student_outputs={"box": (logits, None), "sampled_proposals": [nothing]},
-    )
-    loss = head(ctx)["loss_kd_dkd"]
-    loss.backward()
-    assert loss.item() == 0.0 and logits.grad is not None
+    student = toy_rcnn()
+    ctx = region_context(student, student, count=0)
+    loss = build_imitation_heads(head_cfg("DKD"), *[region_info(student)] * 2)["DKD"](ctx)
+    sum(loss.values()).backward()
+    assert loss["loss_kd_dkd"].item() == 0.0 and ctx.student_outputs["box"][0].grad is not None
 
 
 @pytest.mark.parametrize(
