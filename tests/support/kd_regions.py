@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, Instances
 from kd_testing import CHANNELS, STRIDES, ToyDetector, make_context, random_boxes
 
 from projects.kd.context import ModelInfo
-from projects.kd.taps import taps_for
+from projects.kd.detectors import taps_for
 
 REGION_CLASSES = 3
 _UNITS = (10.0, 10.0, 5.0, 5.0)
