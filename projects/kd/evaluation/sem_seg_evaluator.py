@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 from detectron2.evaluation import SemSegEvaluator
+from detectron2.evaluation.sem_seg_evaluation import load_image_into_numpy_array
 from detectron2.utils import comm
 
 from ..errors import DataError
@@ -10,6 +13,11 @@ from ..errors import DataError
 
 class SemanticEvaluator(SemSegEvaluator):
     """detectron2's SemSegEvaluator; silent when the model predicts no semantic segmentation."""
+
+    def __init__(self, *args, **kwargs):
+        # the loader's default, no copy, is an error of numpy 2 where the type of numbers changes
+        load = functools.partial(load_image_into_numpy_array, copy=True)
+        super().__init__(*args, sem_seg_loading_fn=load, **kwargs)
 
     def reset(self):
         """Start anew."""
