@@ -148,7 +148,7 @@ def test_command(page, line, parse, keys, capsys):
         )
     except (SystemExit, ConfigError) as error:
         pytest.fail(f"{page.name}: {line}\n{error} {capsys.readouterr().err}")
-    opts = list(getattr(args, "opts", None) or [])
+    opts = [word for word in getattr(args, "opts", None) or [] if word != "--"]
     assert len(opts) % 2 == 0, f"{page.name}: {opts} are no pairs"
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         check_override(key, value, keys, f"{page.name}: {line}")
