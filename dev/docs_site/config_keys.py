@@ -153,7 +153,7 @@ def keys_page() -> str:
 
 def head_table(name: str) -> str:
     """The keys of ``KD.<name>`` that are not every head's, and where the others are explained."""
-    node = f"KD.{name}."
+    node = f"KD.{name.upper()}."
     rows = [(key.removeprefix(node), *rest) for key, *rest in sections()[node[:-1]]]
     own = [row for row in rows if row[0] not in HEAD_KEYS]
     default = {key: value for key, value, _ in rows}
@@ -164,7 +164,7 @@ def head_table(name: str) -> str:
     )
     if not own:
         return sentence
-    lines = [f"Below `KD.{name}`:", "", "| key | default | meaning |", "|---|---|---|"]
+    lines = [f"Below `{node[:-1]}`:", "", "| key | default | meaning |", "|---|---|---|"]
     lines += [f"| `{key}` | `{cell(repr(value))}` | {cell(text)} |" for key, value, text in own]
     return "\n".join([*lines, "", sentence])
 
