@@ -28,7 +28,7 @@ from .levels import (
 )
 from .modeling.narrow_maps import guard_narrow_maps
 from .schedule import Ramp, build_ramp
-from .taps import FeatureTaps
+from .taps import FeatureTaps, TapSpec
 from .teacher import Teacher, build_teacher
 
 
@@ -81,8 +81,8 @@ class DistillMetaArch(nn.Module):
         needed = {"features"}.union(*(head.requires for head in heads.values()))
         ours = needed.union(*(head.requires_student for head in heads.values()))
         specs = {name: spec for name, spec in taps_for(student).items() if name in ours}
-        self._taps = FeatureTaps(student, specs)
-        teacher.tap(needed, compile_teacher)
+        self._taps = FeatureTaps(student, {**specs, **_extra_taps(heads, "student")})
+        teacher.tap(needed, compile_teacher, _extra_taps(heads, "teacher"))
         self.teacher_scale = teacher_scale
         self._strides = {name: s.stride for name, s in student.backbone.output_shape().items()}
         theirs = teacher.model.backbone.output_shape()
@@ -238,6 +238,16 @@ class DistillMetaArch(nn.Module):
         if shared:
             raise ConfigError(f"KD.HEADS: loss names also used by the student: {sorted(shared)}")
         return {**task, **distillation}
+
+
+def _extra_taps(heads: nn.ModuleDict, side: str) -> dict[str, TapSpec]:
+    """Those of all heads for a side; ConfigError where two want one name for different places."""
+    found: dict[str, TapSpec] = {}
+    for name, head in heads.items():
+        for tap, spec in head.extra_taps.get(side, {}).items():
+            if found.setdefault(tap, spec) != spec:
+                raise ConfigError(f"KD.HEADS: {name} and another head tap different {tap}")
+    return found
 
 
 class _CanvasProbe:

@@ -23,7 +23,7 @@ from .detectors import taps_for
 from .errors import ConfigError, UserError, did_you_mean
 from .files import published_weights, resolve_config
 from .modeling.narrow_maps import guard_narrow_maps
-from .taps import FeatureTaps
+from .taps import FeatureTaps, TapSpec
 from .weight_files import modules_in
 from .weights import load_weights
 
@@ -92,14 +92,19 @@ class Teacher:
             cfg=self.cfg,
         )
 
-    def tap(self, names: Iterable[str], compile_backbone: bool = False) -> None:
-        """Place hooks for the taps that the heads read.
+    def tap(
+        self,
+        names: Iterable[str],
+        compile_backbone: bool = False,
+        extra: Mapping[str, TapSpec] | None = None,
+    ) -> None:
+        """Place hooks for the registered taps that the heads read, and for ``extra`` ones.
 
         Raises:
             ConfigError: a tap inside a backbone that is to be compiled (inner hooks do not fire).
         """
         specs = {name: spec for name, spec in taps_for(self.model).items() if name in set(names)}
-        self.taps = FeatureTaps(self.model, specs)
+        self.taps = FeatureTaps(self.model, {**specs, **(extra or {})})
         if compile_backbone:
             inner = [name for name, path in self.taps.paths.items() if "backbone." in path]
             if inner:

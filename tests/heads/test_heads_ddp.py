@@ -1,5 +1,9 @@
 """Two processes: gradients equal those of one process, for every head."""
 
+import contextlib
+import itertools
+from unittest import mock
+
 import pytest
 import torch
 from gradient_worker import CASES, SIZES, Step, batch_of, gradients, run_rank
@@ -18,11 +22,27 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(len(SIZES))]
 
 
+def shared_normalisers(case, model):
+    """``mean_over_ranks`` of a head's module: gives in order what the ranks' values are in mean."""
+    found = []
+    for rank in range(len(SIZES)):
+        found.append([])
+        with mock.patch(f"{case.patched}.mean_over_ranks", lambda x: found[-1].append(x) or x):
+            model(*batch_of([rank], case))
+    means = itertools.cycle([sum(x) / len(x) for x in zip(*found, strict=True)])
+    return lambda value: next(means)
+
+
 def expected_gradients(case):
     """One process: the mean of the ranks' losses, the head's over the whole batch if it says so."""
     model, count = Step(case), len(SIZES)
+    patch = contextlib.nullcontext()
+    if case.patched:
+        means = shared_normalisers(case, model)
+        patch = mock.patch(f"{case.patched}.mean_over_ranks", means)
     for rank in range(count):
-        task, distillation = model(*batch_of([rank], case))
+        with patch:
+            task, distillation = model(*batch_of([rank], case))
         (task / count).backward(retain_graph=True)
         if not case.whole_batch:
             (distillation / count).backward()

@@ -7,15 +7,13 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 from kd_testing import CHANNELS, STRIDES, head_cfg, toy_info, toy_retinanet
-from prediction_contract import PredictionContract, prediction_context
+from prediction_contract import LARGER, PredictionContract, enlarged, prediction_context
 from torch import nn
 
 from projects.kd.errors import ConfigError
 from projects.kd.functional.output_kd import dense_class_loss
 from projects.kd.heads import build_imitation_heads
 from projects.kd.predict import predictor_for
-
-LARGER = {"TEACHER": {"INPUT_SCALE": 2.0}}
 
 
 class TestOutputKD(PredictionContract):
@@ -72,14 +70,6 @@ class TestOutputKD(PredictionContract):
         ctx.gt = [x[:0] for x in ctx.gt]  # without boxes no anchor is ignored
         loss = self.run(open_head, ctx)[0]["loss_kd_outputkd_cls"]
         torch.testing.assert_close(loss, again)
-
-
-def enlarged(scale: float = 2.0):
-    """A toy teacher with anchors of ``scale`` times the student's."""
-    model = toy_retinanet()
-    for anchors in model.anchor_generator.cell_anchors:
-        anchors.mul_(scale)
-    return model
 
 
 def build(student=None, teacher=None, common=None, **node):

@@ -49,8 +49,8 @@ def test_cells_and_anchors_are_in_detectron2s_order():
     flat = flatten_cells(maps, 5)
     for ours, x in zip(flat, maps, strict=True):
         assert torch.equal(ours, permute_to_N_HWA_K(x, 5))
-    labels = torch.cat(flat, dim=1)[..., 2]
-    for x, level in zip(maps, unflatten_cells(labels, maps, 5), strict=True):
+    labels, grids = torch.cat(flat, dim=1)[..., 2], [x.shape[-2:] for x in maps]
+    for x, level in zip(maps, unflatten_cells(labels, grids), strict=True):
         assert torch.equal(level, x.unflatten(1, (3, 5))[:, :, 2])
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from dense_toys import BINS, toy_gfl
 from detectron2.utils.events import EventStorage
 from kd_detr import LEVEL, decoded, detr_targets, info, toy_detr
 from kd_regions import REGION_CLASSES, regions_of, toy_rcnn
@@ -25,6 +26,7 @@ from kd_testing import (
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from projects.kd.detectors import taps_for
 from projects.kd.heads import build_imitation_heads
 from projects.kd.predict import DenseOutputs
 
@@ -43,7 +45,10 @@ class Case:
     ``whole_batch``: the gradients are those of the joined batch in one process; otherwise those of
     the mean of the ranks' losses.
 
+    ``patched``: the module of a head whose statistics are each rank's own but whose normalisers,
+    by its ``mean_over_ranks``, are not.
     ``detectors``: channels to the detector of a side, for heads that predict with it.
+    ``box_channels``: what its head gives beside the logits.
     ``decoder``: the student is a transformer on one of the levels.
     ``regions``: the student classifies regions as well.
     """
@@ -52,7 +57,9 @@ class Case:
     node: dict = field(default_factory=dict)
     boxes: tuple[int, int] = (3, 5)
     whole_batch: bool = False
+    patched: str = ""
     detectors: Callable = lambda channels: None  # of both sides; None = that of toy_info
+    box_channels: int = BOX_CHANNELS
     decoder: bool = False
     regions: bool = False
 
@@ -61,6 +68,8 @@ class Case:
         return f"{self.name} on {kind}, {self.boxes[0]} and {self.boxes[1]} boxes an image"
 
 
+GFL_CASE = {"detectors": toy_gfl, "box_channels": 4 * BINS}
+CROSSKD = "projects.kd.heads.crosskd"
 CASES = {
     str(case): case
     for case in (
@@ -90,6 +99,13 @@ CASES = {
         Case("ICD", {"PRIORS": "uniform", "DIM": 16, "HEADS": 4, "FFN_DIM": 32, "DETACH_ITERS": 0}),
         Case("OutputKD", {"WEIGHT": 10.0}, detectors=toy_retinanet),
         Case("CSA", {"WEIGHT": 10.0, "DIM": 16, "HEADS": 4}, detectors=toy_retinanet),
+        Case("BCKD", whole_batch=True, detectors=toy_retinanet),
+        Case("BCKD", boxes=(4, 0), whole_batch=True, detectors=toy_retinanet),
+        Case("CrossKD", patched=CROSSKD, detectors=toy_retinanet),
+        Case("CrossKD", boxes=(4, 0), patched=CROSSKD, **GFL_CASE),
+        Case("DIST", {"WEIGHT": 10.0}, detectors=toy_retinanet),
+        Case("LD", whole_batch=True, **GFL_CASE),
+        Case("LD", {"NORMALISER": "weights"}, boxes=(4, 0), whole_batch=True, **GFL_CASE),
     )
 }
 
@@ -104,7 +120,7 @@ class Step(nn.Module):
             {level: nn.Conv2d(3, CHANNELS, s, stride=s) for level, s in STRIDES.items()}
         )
         self.predictor = nn.Conv2d(CHANNELS, DENSE_CHANNELS, 1)
-        self.regressor = nn.Conv2d(CHANNELS, BOX_CHANNELS, 1)
+        self.regressor = nn.Conv2d(CHANNELS, case.box_channels, 1)
         # a tuple: the detectors' parameters are no part of the step
         self.detectors = tuple(case.detectors(x) for x in (CHANNELS, TEACHER_CHANNELS))
         infos = [
@@ -128,6 +144,12 @@ class Step(nn.Module):
         ctx.student_features = features
         ctx.student_outputs = {"dense": DenseOutputs(logits, deltas), "bottom_up": Stages(features)}
         ctx.student, ctx.teacher = self.detectors[0], SimpleNamespace(model=self.detectors[1])
+        if ctx.student is not None and self.classifier is None:
+            named = taps_for(ctx.student)["dense"].select
+            ctx.student_outputs["dense"] = named((logits, deltas))
+            with torch.no_grad():
+                theirs = ctx.teacher.model.head(list(ctx.teacher_features.values()))
+            ctx.teacher_outputs["dense"] = named(theirs)
         outputs = (*features.values(), *logits, *deltas)
         task = sum(x.square().sum() for x in outputs) / TASK_NORMALISER
         if self.detector is not None:

@@ -55,7 +55,12 @@ def atss_candidates(
 
 
 @torch.no_grad()
-def atss_assign(anchors: Sequence[torch.Tensor], boxes: torch.Tensor, topk: int = 9):
+def atss_assign(
+    anchors: Sequence[torch.Tensor],
+    boxes: torch.Tensor,
+    topk: int = 9,
+    candidates: Candidates | None = None,
+) -> torch.Tensor:
     """Assign ground-truth boxes to anchors by statistics of the IoU.
 
     A candidate (see :func:`atss_candidates`) is positive where its IoU reaches the box's threshold
@@ -64,6 +69,7 @@ def atss_assign(anchors: Sequence[torch.Tensor], boxes: torch.Tensor, topk: int 
 
     Args:
         anchors, boxes, topk: see :func:`atss_candidates`.
+        candidates: what it gave, where it was called already.
 
     Returns:
         (A,) index of the box of each anchor, all levels joined; -1 = background.
@@ -71,12 +77,11 @@ def atss_assign(anchors: Sequence[torch.Tensor], boxes: torch.Tensor, topk: int 
     every = torch.cat(list(anchors))
     if not len(boxes):
         return torch.full((len(every),), -1, dtype=torch.long, device=every.device)
-    iou, candidates, threshold = atss_candidates(anchors, boxes, topk)
+    iou, index, threshold = candidates or atss_candidates(anchors, boxes, topk)
     centres = (every[:, :2] + every[:, 2:]) / 2
     inside = torch.cat([centres[None] - boxes[:, None, :2], boxes[:, None, 2:] - centres[None]], 2)
-    good = iou.gather(1, candidates) >= threshold[:, None]
-    good &= (inside.amin(2) > 0).gather(1, candidates)
-    found = torch.where(good, iou.gather(1, candidates), -1.0)
-    claims = torch.full_like(iou, -1.0).scatter_(1, candidates, found)
-    best, index = claims.max(0)
-    return torch.where(best >= 0, index, -1)
+    found = iou.gather(1, index)
+    good = (found >= threshold[:, None]) & (inside.amin(2) > 0).gather(1, index)
+    claims = torch.full_like(iou, -1.0).scatter_(1, index, torch.where(good, found, -1.0))
+    best, owner = claims.max(0)
+    return torch.where(best >= 0, owner, -1)

@@ -180,6 +180,7 @@ class _BinDivergence(torch.autograd.Function):
         ctx.save_for_backward(student, target, weight)
         target = target.log_softmax(2)
         divergence = (target - student.log_softmax(2)).mul_(target.exp_()).sum((1, 2))
+        divergence.clamp_(min=0.0)  # but for rounding
         return divergence.masked_fill_(weight == 0, 0.0).mul_(weight).sum()
 
     @staticmethod

@@ -3,14 +3,18 @@
 from ..functional.ranks import mean_over_ranks
 from . import (  # noqa: F401
     at,
+    bckd,
+    crosskd,
     csa,
     cwd,
     d3etr,
+    dist,
     dkd,
     fgd,
     fgfi,
     icd,
     ifvd,
+    ld,
     local,
     mgd,
     mimic,

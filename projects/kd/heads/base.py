@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from detectron2.utils.logger import log_first_n
@@ -15,6 +15,7 @@ from ..context import DistillContext, ModelInfo
 from ..detectors import architectures_with
 from ..errors import ConfigError
 from ..levels import default_levels, describe
+from ..taps import TapSpec
 
 IMITATION_HEAD_REGISTRY = Registry("IMITATION_HEAD")
 IMITATION_HEAD_REGISTRY.__doc__ = """
@@ -29,6 +30,8 @@ class ImitationHead(nn.Module):
     Class attributes:
         requires: taps that both sides must offer ("features", "dense", ...).
         requires_student: further taps of the student alone.
+        extra_taps: "student" and "teacher" to taps whose place follows from the head's config, by
+            names that the detectors' registered taps do not have.
         supports: student meta-archs it is limited to; () = every one that offers ``requires``.
         targets: values of KD.<HEAD>.TARGET, of heads that have this key.
         needs_boxes: the head reads ground-truth boxes.
@@ -48,6 +51,7 @@ class ImitationHead(nn.Module):
 
     requires: frozenset[str] = frozenset({"features"})
     requires_student: frozenset[str] = frozenset()
+    extra_taps: Mapping[str, Mapping[str, TapSpec]] = {}
     supports: tuple[str, ...] = ()
     needs_boxes: bool = False
     predicts: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -152,6 +153,29 @@ def comparable(cfg, student: ModelInfo, teacher: ModelInfo, user: str, key: str)
     return ours, theirs, ours.match(theirs, cfg.KD.TEACHER.INPUT_SCALE, key)
 
 
+def matched_levels(
+    cfg, key: str, levels: Sequence[str], match: Mapping[str, AnchorMatch]
+) -> list[str]:
+    """Those of a head's levels for whose anchors the teacher predicts.
+
+    Args:
+        cfg: the student's config.
+        key: the config node of the head.
+        levels: as :func:`~projects.kd.heads.base.choose_levels` gave them.
+        match: what :meth:`Predictor.match` gave.
+
+    Raises:
+        ConfigError: LEVELS names one for which it does not.
+    """
+    missing = [level for level in levels if level not in match]
+    if missing and (cfg.KD[key.rsplit(".", 1)[1]].LEVELS or cfg.KD.LEVELS):
+        raise ConfigError(
+            f"{key}.LEVELS (or KD.LEVELS): the teacher predicts for the student's anchors on "
+            f"{', '.join(match)}, not on {', '.join(missing)}"
+        )
+    return [level for level in levels if level in match]
+
+
 @register_config
 def add_output_kd_config(cfg) -> None:
     """Add KD.OUTPUTKD."""
@@ -213,13 +237,7 @@ class OutputKD(ImitationHead):
             raise ConfigError(f"{key}.BOX_JITTER is {node.BOX_JITTER}, it must not be negative")
         ours, theirs, match = comparable(cfg, student, teacher, "OutputKD", key)
         kwargs = super().from_config(cfg, student, teacher)
-        missing = [level for level in kwargs["levels"] if level not in match]
-        if missing and (node.LEVELS or cfg.KD.LEVELS):
-            raise ConfigError(
-                f"{key}.LEVELS (or KD.LEVELS): the teacher predicts for the student's anchors on "
-                f"{', '.join(match)}, not on {', '.join(missing)}"
-            )
-        kwargs["levels"] = [level for level in kwargs["levels"] if level in match]
+        kwargs["levels"] = matched_levels(cfg, key, kwargs["levels"], match)
         return {
             **kwargs,
             "weights": PredictionWeights.from_node(node, key, ours.two_stage),

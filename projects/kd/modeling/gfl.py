@@ -14,7 +14,7 @@ from torch import nn
 
 from ..config import register_config
 from ..detectors import register_detector
-from ..functional.atss import atss_assign
+from ..functional.atss import Candidates, atss_assign, atss_candidates
 from ..functional.gfl import (
     boxes_to_sides,
     distribution_focal_loss,
@@ -159,13 +159,17 @@ class GFL(SquareAnchorDetector):
         return self.losses(anchors, logits, bins, labels, boxes)
 
     @torch.no_grad()
-    def label_anchors(self, anchors, gt_instances):
-        """Per image (A,) classes (K = background) and (A, 4) boxes (0 for background)."""
+    def label_anchors(self, anchors, gt_instances, candidates=None):
+        """Per image (A,) classes (K = background) and (A, 4) boxes (0 for background).
+
+        ``candidates``: those of each image, where :meth:`candidates` was called already.
+        """
         labels, boxes = [], []
         levels = [x.tensor for x in anchors]
-        for instances in gt_instances:
+        candidates = candidates or [None] * len(gt_instances)
+        for instances, near in zip(gt_instances, candidates, strict=True):
             truth = instances.gt_boxes.tensor
-            index = atss_assign(levels, truth, self.topk_assign)
+            index = atss_assign(levels, truth, self.topk_assign, near)
             found = index >= 0
             label = torch.full_like(index, self.num_classes)
             label[found] = instances.gt_classes[index[found]]
@@ -174,6 +178,12 @@ class GFL(SquareAnchorDetector):
             labels.append(label)
             boxes.append(box)
         return labels, boxes
+
+    def candidates(self, anchors, gt_instances) -> list[Candidates]:
+        """Per image the anchors that the assignment looks at."""
+        levels = [x.tensor for x in anchors]
+        truth = (instances.gt_boxes.tensor for instances in gt_instances)
+        return [atss_candidates(levels, boxes, self.topk_assign) for boxes in truth]
 
     def losses(self, anchors, logits, bins, labels, boxes) -> dict[str, torch.Tensor]:
         """The losses of the class docstring.

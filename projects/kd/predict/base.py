@@ -35,6 +35,9 @@ class DensePair:
         counted: (N, A, H, W) bool, those that take part; None = all.
         positive: (N, A, H, W) bool, assigned to an object by the detector; None without boxes.
         student_boxes, target_boxes: (N, A, H, W, 4), or None where only classes are compared.
+        student_bins, target_bins: (N, 4, n + 1, H, W) logits of the distributions of a box's left,
+            top, right and bottom, of detectors that have those, else None. The two may have
+            different n.
     """
 
     student_logits: torch.Tensor
@@ -43,6 +46,8 @@ class DensePair:
     positive: torch.Tensor | None = None
     student_boxes: torch.Tensor | None = None
     target_boxes: torch.Tensor | None = None
+    student_bins: torch.Tensor | None = None
+    target_bins: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

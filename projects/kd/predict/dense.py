@@ -86,13 +86,18 @@ def flatten_cells(maps: Sequence[torch.Tensor], width: int) -> list[torch.Tensor
     ]
 
 
-def unflatten_cells(values: torch.Tensor, maps: Sequence[torch.Tensor], width: int):
-    """(N, R) over all anchors to per level (N, A, H, W), the inverse order."""
-    sizes = [(x.shape[1] // width, *x.shape[-2:]) for x in maps]
-    parts = values.split([a * h * w for a, h, w in sizes], dim=1)
+def unflatten_cells(values: torch.Tensor, grids: Sequence[tuple[int, int]]):
+    """(N, R) over all anchors to per level (N, A, H, W), the inverse order.
+
+    Args:
+        values: as many for each cell of each level.
+        grids: (H, W) of each level.
+    """
+    a = values.shape[1] // sum(h * w for h, w in grids)
+    parts = values.split([a * h * w for h, w in grids], dim=1)
     return [
         part.unflatten(1, (h, w, a)).permute(0, 3, 1, 2)
-        for part, (a, h, w) in zip(parts, sizes, strict=True)
+        for part, (h, w) in zip(parts, grids, strict=True)
     ]
 
 
@@ -145,6 +150,9 @@ def level_pair(
         deltas = match.select(target.box_maps[match.index])
         pair["student_boxes"] = decode(student.box_maps[place], *boxes, mask)
         pair["target_boxes"] = jitter_boxes(decode(deltas.detach(), *boxes, mask), jitter)
+    if student.bins is not None:
+        pair["student_bins"] = student.bins[place].unflatten(1, (4, -1))
+        pair["target_bins"] = match.select(target.bins[match.index]).detach().unflatten(1, (4, -1))
     return DensePair(**pair)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from detectron2.utils.events import get_event_storage
 
 from ..errors import ConfigError
 from .dense import flatten_cells, match_anchors
 from .retinanet import RetinaNetPredictor, normaliser_at_rest
+from .towers import PointRest
 
 
 class FCOSPredictor(RetinaNetPredictor):
@@ -17,6 +19,7 @@ class FCOSPredictor(RetinaNetPredictor):
 
     name = "FCOS"
     outputs = ("logits", "boxes", "centreness")
+    rest = PointRest
 
     def match(self, teacher, scale, key):
         """See :func:`match_anchors`; a location counts as an anchor of one stride."""
@@ -27,6 +30,14 @@ class FCOSPredictor(RetinaNetPredictor):
             raise ConfigError(f"{key}: student and teacher regress boxes in other units")
         generators = self.model.anchor_generator, teacher.model.anchor_generator
         return match_anchors(*generators, self.levels, scale, key)
+
+    def centreness(self, assigned, masks=None) -> torch.Tensor:
+        """Scalar: sum of the centre-ness targets at the locations that are assigned to objects.
+
+        Arguments as of :meth:`positives`.
+        """
+        targets = self.model.compute_ctrness_targets(assigned.anchors, assigned.boxes)
+        return targets[self.found(assigned, masks)].sum().float()
 
     def losses(self, predictions, assigned):
         """``loss_fcos_cls``, ``_loc`` and ``_ctr``, by the student's current normaliser."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
 
 from ..errors import ConfigError
-from .dense import flatten_cells, match_anchors
-from .retinanet import RetinaNetPredictor
+from ..functional.ld import valuable_region
+from .dense import flatten_cells, match_anchors, unflatten_cells
+from .retinanet import AnchorLabels, RetinaNetPredictor
+from .towers import BinRest
 
 
 class GFLPredictor(RetinaNetPredictor):
@@ -17,6 +21,7 @@ class GFLPredictor(RetinaNetPredictor):
 
     name = "GFL"
     outputs = ("logits", "bins")
+    rest = BinRest
 
     @property
     def box_width(self):
@@ -29,6 +34,28 @@ class GFLPredictor(RetinaNetPredictor):
             raise self.other_family(teacher, key)
         generators = self.model.anchor_generator, teacher.model.anchor_generator
         return match_anchors(*generators, self.levels, scale, key)
+
+    def assign(self, ctx):
+        """The anchors' labels, and the candidates that they were chosen from."""
+        anchors, grids = self.anchors(ctx)
+        candidates = self.model.candidates(anchors, ctx.gt)
+        labels = self.model.label_anchors(anchors, ctx.gt, candidates)
+        return AnchorLabels(anchors, *labels, grids, candidates)
+
+    def valuable_region(self, assigned: AnchorLabels, gt, distance: str) -> list[torch.Tensor]:
+        """Weights (N, 1, H, W) of each level in LD's region.
+
+        Args:
+            assigned: what :meth:`assign` gave.
+            gt: ``ctx.gt``.
+            distance: see :func:`~projects.kd.functional.ld.valuable_region`.
+        """
+        every = Boxes.cat(assigned.anchors).tensor
+        weights = [
+            valuable_region(every, instances.gt_boxes.tensor, candidates, distance)
+            for instances, candidates in zip(gt, assigned.candidates, strict=True)
+        ]
+        return unflatten_cells(torch.stack(weights), assigned.grids)
 
     def check_exchange(self, teacher, key):
         """The losses read the student's number of bins."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from detectron2.structures import Boxes, ImageList
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from ..functional.atss import Candidates
+from ..taps import TapSpec
 from .base import Pairs, Predictor, call_constant
 from .dense import (
     check_transforms,
@@ -19,16 +22,24 @@ from .dense import (
     match_anchors,
     unflatten_cells,
 )
-from .outputs import named
+from .outputs import DenseOutputs, named
+from .towers import TowerRest, tower_taps
+
+Masks = Mapping[str, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
 class AnchorLabels:
-    """Anchors of each level, and per image labels (R,) and boxes (R, 4) of all of them."""
+    """Anchors and (H, W) of each level, per image labels (R,) and boxes (R, 4) of all anchors.
+
+    ``candidates``: per image, of detectors that assign by them.
+    """
 
     anchors: list[Boxes]
     labels: list[torch.Tensor]
     boxes: list[torch.Tensor]
+    grids: list[tuple[int, int]]
+    candidates: Sequence[Candidates] = ()
 
 
 class RetinaNetPredictor(Predictor):
@@ -39,6 +50,7 @@ class RetinaNetPredictor(Predictor):
     scores = "dense"
     modules = ("head",)
     outputs = ("logits", "boxes")  # of the head, in order
+    rest = TowerRest
 
     @property
     def levels(self):
@@ -65,9 +77,36 @@ class RetinaNetPredictor(Predictor):
 
     def assign(self, ctx):
         """The anchors' labels, as in the student's own loss."""
+        anchors, grids = self.anchors(ctx)
+        return AnchorLabels(anchors, *self.model.label_anchors(anchors, ctx.gt), grids)
+
+    def anchors(self, ctx) -> tuple[list[Boxes], list[tuple[int, int]]]:
+        """Of each level the anchors and (H, W)."""
         features = [ctx.student_features[level] for level in self.levels]
-        anchors = self.model.anchor_generator(features)
-        return AnchorLabels(anchors, *self.model.label_anchors(anchors, ctx.gt))
+        grids = [tuple(x.shape[-2:]) for x in features]
+        return self.model.anchor_generator(features), grids
+
+    def found(self, assigned: AnchorLabels, masks: Masks | None = None) -> torch.Tensor:
+        """(N, R) bool of the anchors that are assigned to an object, outside of a mask none."""
+        labels = torch.stack(assigned.labels)
+        found = (labels >= 0) & (labels != self.num_classes)
+        parts = found.split([len(x) for x in assigned.anchors], dim=1)
+        for level, part in zip(self.levels, parts, strict=True):
+            mask = (masks or {}).get(level)
+            if mask is not None:
+                part &= mask.flatten(1).repeat_interleave(part.shape[1] // mask[0].numel(), 1)
+        return found
+
+    def positives(self, assigned: AnchorLabels, masks: Masks | None = None) -> torch.Tensor:
+        """Scalar: how many anchors are assigned to objects, at least 1 an image.
+
+        The normaliser of losses between dense predictions, before its mean over processes.
+
+        Args:
+            assigned: what :meth:`assign` gave.
+            masks: level to (N, 1, H, W) bool of the cells that count; None or left out = all.
+        """
+        return self.found(assigned, masks).sum(1).clamp(min=1).sum().float()
 
     def student(self, ctx):
         """From the ``dense`` tap."""
@@ -80,6 +119,36 @@ class RetinaNetPredictor(Predictor):
         outputs = call_constant(self.model.head, maps, constant=constant)
         return named(*self.outputs)(outputs).float()
 
+    def tower_taps(self, depth: int, before_relu: bool = False) -> dict[str, TapSpec]:
+        """See :func:`~projects.kd.predict.towers.tower_taps`."""
+        return tower_taps(self.model.head, depth, before_relu)
+
+    def resume(
+        self,
+        towers: Mapping[str, Sequence[torch.Tensor | None]],
+        depth: int,
+        *,
+        constant: bool = True,
+        places: Sequence[int] | None = None,
+    ) -> DenseOutputs:
+        """What :meth:`predict` gives, from maps inside the head's towers.
+
+        Args:
+            towers: "tower_cls" and "tower_box" to maps (N, C, H, W) after ``depth`` convolutions,
+                their norms and ReLUs, one for each level in order; None = left out, and None in the
+                outputs. Heads whose norms count their calls
+                (:func:`~projects.kd.predict.towers.cycles`) need all levels.
+            depth: 0 = the levels' features.
+            constant: as in :meth:`predict`.
+            places: of each map the place of its level among the head's levels; None = in order.
+        """
+        maps = towers["tower_cls"], towers["tower_box"]
+        places = range(len(maps[0])) if places is None else places
+        rest = self.rest(self.model.head, depth)
+        outputs = call_constant(rest, *maps, places, constant=constant)
+        full = [[x if x is None else x.float() for x in kind] for kind in outputs]
+        return named(*self.outputs)(full)
+
     def losses(self, predictions, assigned):
         """``loss_cls`` and ``loss_box_reg``, divided by the student's current normaliser."""
         logits = flatten_cells(predictions.logits, self.num_classes)
@@ -89,10 +158,15 @@ class RetinaNetPredictor(Predictor):
                 assigned.anchors, logits, assigned.labels, deltas, assigned.boxes
             )
 
-    def pairs(self, student, target, assigned, *, levels, masks, match=None, jitter=0.0):
-        """One entry a level; anchors that the matcher ignores do not count."""
+    def pairs(
+        self, student, target, assigned, *, levels, masks, match=None, jitter=0.0, decoded=True
+    ):
+        """One entry a level; anchors that the matcher ignores do not count.
+
+        ``decoded``: also the boxes. Levels that are not compared may be None in the predictions.
+        """
         match = identity_matches(self.levels) if match is None else match
-        labels = unflatten_cells(torch.stack(assigned.labels), student.logits, self.num_classes)
+        labels = unflatten_cells(torch.stack(assigned.labels), assigned.grids)
         dense = []
         for place, level in enumerate(self.levels):
             if level in levels and level in match:
@@ -100,7 +174,7 @@ class RetinaNetPredictor(Predictor):
                 pair = level_pair(
                     *(student, target, place, match[level], self.num_classes, masks[level]),
                     labelled=labels[place],
-                    boxes=boxes,
+                    boxes=boxes if decoded else None,
                     jitter=jitter,
                 )
                 dense.append(pair)
