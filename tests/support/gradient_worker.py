@@ -64,7 +64,8 @@ class Case:
     regions: bool = False
 
     def __str__(self):
-        kind = "a decoder" if self.decoder else self.node.get("TARGET", "features")
+        kind = "a decoder" if self.decoder else "regions" if self.regions else None
+        kind = kind or self.node.get("TARGET", "features")
         return f"{self.name} on {kind}, {self.boxes[0]} and {self.boxes[1]} boxes an image"
 
 
@@ -104,6 +105,7 @@ CASES = {
         Case("CrossKD", patched=CROSSKD, detectors=toy_retinanet),
         Case("CrossKD", boxes=(4, 0), patched=CROSSKD, **GFL_CASE),
         Case("DIST", {"WEIGHT": 10.0}, detectors=toy_retinanet),
+        Case("DIST", detectors=toy_rcnn, regions=True),
         Case("LD", whole_batch=True, **GFL_CASE),
         Case("LD", {"NORMALISER": "weights"}, boxes=(4, 0), whole_batch=True, **GFL_CASE),
     )
