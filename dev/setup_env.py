@@ -1,18 +1,20 @@
-"""Set up ``.venv`` with the pinned versions of requirements/; what is done already is skipped.
+"""Set up ``.venv``: the pinned versions of requirements/, and this project, installed in place.
 
 Needs nothing but Python's standard library, and starts on any Python 3.7 or newer, so that a wrong
 interpreter gets one clear line. Called by the Makefile::
 
-    python3 dev/setup_env.py [--search]
+    python3 dev/setup_env.py [--search] [--newest]
 
-Three cases:
+What is done already is skipped. Three cases:
 
-* ``.venv`` holds a stamp with the digest of requirements/ and its Python version: nothing to do.
+* ``.venv`` holds a stamp of its Python version and of what it was made from: nothing to do.
 * The calling Python can import detectron2: that one is kept. ``.venv`` sees the packages of the
   calling Python, and only what cannot be imported there is installed; its torch is never replaced.
 * Otherwise everything is installed into ``.venv``. detectron2 comes from a wheel that is tagged for
   one Python version although its Python code runs on all supported ones, hence a pip call of its
   own; the compiled part (deformable convolution, rotated boxes) is not available then.
+
+``--newest`` makes ``.venv-newest`` instead, with the newest versions that pyproject.toml allows.
 
 The stamp is written last, so an interrupted or failed run is taken up again by the next one.
 """
@@ -29,9 +31,9 @@ import sysconfig
 import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-VENV = os.path.join(ROOT, ".venv")
-STAMP = os.path.join(VENV, "setup_stamp.json")
 REQUIREMENTS = os.path.join(ROOT, "requirements")
+# changed by --newest:
+VENV = os.path.join(ROOT, ".venv")
 SUPPORTED = ("3.11", "3.12", "3.10")  # in the order in which they are looked for
 
 # Where the module to import is not the distribution's name in lower case with underscores.
@@ -61,35 +63,45 @@ def main(argv=None):
         action="store_true",
         help="the calling Python is only a default: take another supported one where it is not",
     )
+    parser.add_argument(
+        "--newest", action="store_true", help=".venv-newest, of Python 3.13 and newest versions"
+    )
     args = parser.parse_args(argv)
+    if args.newest:
+        global VENV, SUPPORTED
+        VENV, SUPPORTED = os.path.join(ROOT, ".venv-newest"), ("3.13",)
     try:
-        return set_up(args.search)
+        return set_up(args.search, args.newest)
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
         return 1
 
 
-def set_up(search):
+def set_up(search, newest=False):
     """See the module docstring; raises :class:`SetupError`."""
     running = minor(sys.version)
+    flags = ["--newest"] if newest else []
     if not search and running not in SUPPORTED:
         raise SetupError(wrong_python(running))
-    if is_complete(None if search else running):
+    if not newest and is_complete(None if search else running):  # newer ones come by themselves
         return 0
     if running not in SUPPORTED:
-        return run_with(find_python(running))
+        return run_with(find_python(running), flags)
     if os.path.realpath(sys.prefix) == os.path.realpath(VENV):
-        return run_with(base_python())  # .venv is active: set it up from the Python it came from
-    keep = not missing_modules(sys.executable, ["detectron2"])
+        return run_with(base_python(), flags)  # active: set it up from the Python it came from
+    keep = not newest and not missing_modules(sys.executable, ["detectron2"])
     make_venv(running, keep)
-    if keep:
+    if newest:
+        install_newest()
+    elif keep:
         install_missing()
     else:
         install_all()
     unusable = missing_modules(venv_python(), ["torch", "torchvision", "cv2", "detectron2"])
     if unusable:
-        show_import_error(unusable[0])
-        raise SetupError(f"installed, but 'import {unusable[0]}' fails in .venv (see above)")
+        with tempfile.TemporaryDirectory() as neutral:  # its own traceback
+            subprocess.call([venv_python(), "-c", "import " + unusable[0]], cwd=neutral)
+        raise SetupError(f"installed, but 'import {unusable[0]}' fails in {VENV} (see above)")
     write_stamp()
     say("done")
     return 0
@@ -105,9 +117,10 @@ def minor(version):
 
 def wrong_python(version):
     """The line for an interpreter that the pinned wheels do not exist for."""
+    known = "3.10 to 3.12 are" if len(SUPPORTED) > 1 else SUPPORTED[0] + " is"
     return (
-        f"Python {version} is not supported, 3.10 to 3.12 are; install one of them and name it, "
-        "as in 'make setup PYTHON=python3.11'"
+        f"Python {version} is not supported, {known}; install it and name it, as in "
+        f"'make setup PYTHON=python{SUPPORTED[0]}'"
     )
 
 
@@ -128,9 +141,9 @@ def base_python():
     return path
 
 
-def run_with(python):
+def run_with(python, flags=()):
     """This script under another interpreter; its exit status."""
-    return subprocess.call([python, os.path.abspath(__file__), "--search"])
+    return subprocess.call([python, os.path.abspath(__file__), "--search", *flags])
 
 
 def output_of(python, code, *arguments):
@@ -160,12 +173,6 @@ def missing_modules(python, modules):
     return [line[len("missing:") :] for line in lines if line.startswith("missing:")]
 
 
-def show_import_error(module):
-    """Let ``.venv``'s interpreter print its own traceback."""
-    with tempfile.TemporaryDirectory() as neutral:
-        subprocess.call([venv_python(), "-c", "import " + module], cwd=neutral)
-
-
 # --- what is there ------------------------------------------------------------------------------
 
 
@@ -175,9 +182,9 @@ def requirement_files():
 
 
 def digest():
-    """Digest of the requirement files."""
+    """Digest of the requirement files and of the project's own description."""
     total = hashlib.sha256()
-    for path in requirement_files():
+    for path in [*requirement_files(), os.path.join(ROOT, "pyproject.toml")]:
         with open(path, "rb") as file:
             total.update(file.read() + b"\0")
     return total.hexdigest()
@@ -216,18 +223,27 @@ def is_complete(wanted):
     if version is None or (wanted is not None and minor(version) != wanted):
         return False
     try:
-        with open(STAMP) as file:
-            stamp = json.load(file)
+        with open(stamp_file()) as file:
+            return json.load(file) == stamp(version)
     except (OSError, ValueError):
         return False
-    return stamp == {"requirements": digest(), "python": version}
+
+
+def stamp_file():
+    """Where it is written that ``.venv`` is finished."""
+    return os.path.join(VENV, "setup_stamp.json")
+
+
+def stamp(version):
+    """What is written there: the project is installed in place, so its folder belongs to it."""
+    return {"requirements": digest(), "python": version, "project": ROOT}
 
 
 def write_stamp():
     """Mark ``.venv`` as finished (atomically)."""
-    with open(STAMP + ".part", "w") as file:
-        json.dump({"requirements": digest(), "python": venv_version()}, file)
-    os.replace(STAMP + ".part", STAMP)
+    with open(stamp_file() + ".part", "w") as file:
+        json.dump(stamp(venv_version()), file)
+    os.replace(stamp_file() + ".part", stamp_file())
 
 
 # --- what is done -------------------------------------------------------------------------------
@@ -246,15 +262,15 @@ def make_venv(running, keep):
     if version is None:
         say(f"creating .venv with Python {running}")
     elif minor(version) != running:
-        if not os.path.exists(STAMP):
+        if not os.path.exists(stamp_file()):
             raise SetupError(
-                f".venv holds Python {version} and no finished set-up of ours; remove it, or name "
+                f"{VENV} holds Python {version} and no finished set-up of ours; remove it, or name "
                 f"its Python as in 'make setup PYTHON=python{minor(version)}'"
             )
         say(f"replacing the .venv of Python {version} by one of Python {running}")
         command.append("--clear")
-    if os.path.exists(STAMP):
-        os.remove(STAMP)
+    if os.path.exists(stamp_file()):
+        os.remove(stamp_file())
     if keep:
         command.append("--system-site-packages")
     check_call(command, "creating .venv failed")
@@ -268,16 +284,32 @@ def make_venv(running, keep):
 
 
 def install_all():
-    """runtime.txt, dev.txt and the detectron2 wheel."""
+    """runtime.txt, dev.txt, the detectron2 wheel and the project."""
     say("installing the versions pinned in requirements/ into .venv (about 5 GB)")
-    runtime, dev, detectron2 = requirement_files()
+    runtime, dev, _ = requirement_files()
     pip(["-r", runtime, "-r", dev])
+    install_detectron2()
+    pip(["--no-deps", "--no-build-isolation", "-e", ROOT])  # built by the pinned setuptools
+
+
+def install_newest():
+    """The newest versions in the ranges of pyproject.toml, and the detectron2 wheel."""
+    say("installing the newest versions that pyproject.toml allows into .venv-newest")
+    pip(["--upgrade", "--upgrade-strategy", "eager", "-e", ROOT + "[dev]"])
+    install_detectron2()
+
+
+def install_detectron2():
+    """The wheel, unless something of that name is there."""
     if missing_modules(venv_python(), ["detectron2"]):
-        pip(DETECTRON2_FLAGS + ["--target", purelib(), "-r", detectron2])
+        pip(DETECTRON2_FLAGS + ["--target", purelib(), "-r", requirement_files()[2]])
 
 
 def install_missing():
-    """Keep the calling Python's detectron2, torch and all else it has; install the rest."""
+    """Keep the calling Python's detectron2, torch and all else it has; install the rest.
+
+    The project is built with a setuptools of its own: the one that is kept may be too old.
+    """
     known = pins()
     missing = missing_modules(venv_python(), [module for module, _ in known])
     wanted = [pin for module, pin in known if module in missing]
@@ -285,6 +317,7 @@ def install_missing():
         f"keeping detectron2, torch and what else {sys.executable} has; "
         f"installing what it lacks: {', '.join(wanted) or 'nothing'}"
     )
+    pip(["--no-deps", "-e", ROOT])
     if not wanted:
         return
     kept = [pin.split("==")[0] for module, pin in known if module not in missing]

@@ -13,6 +13,33 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# Builds an editable wheel of the project with nothing but the standard library.
+BACKEND = """
+import os, zipfile
+
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    start = "project-1.0.dist-info/"
+    files = {
+        "project.pth": os.getcwd() + "\\n",
+        start + "METADATA": "Metadata-Version: 2.1\\nName: project\\nVersion: 1.0\\n",
+        start + "WHEEL": "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n",
+    }
+    files[start + "RECORD"] = "".join(f"{name},,\\n" for name in files)
+    name = "project-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(os.path.join(wheel_directory, name), "w") as archive:
+        for path, text in files.items():
+            archive.writestr(path, text)
+    return name
+"""
+PYPROJECT = """
+[build-system]
+requires = []
+build-backend = "backend"
+backend-path = ["."]
+[project]
+name = "project"
+version = "1.0"
+"""
 ENVIRONMENT_FLAGS = [
     *("--require-hashes", "--no-deps", "--only-binary=:all:", "--python-version", "3.10"),
     *("--implementation", "cp", "--abi", "none", "--target"),
@@ -56,6 +83,9 @@ def tree(tmp_path):
     (project / "dev").mkdir(parents=True)
     (project / "requirements").mkdir()
     shutil.copy(ROOT / "dev" / "setup_env.py", project / "dev")
+    (project / "backend.py").write_text(BACKEND)
+    (project / "pyproject.toml").write_text(PYPROJECT)
+    (project / "own_package.py").write_text("VERSION = 'in place'\n")
     write = (project / "requirements").joinpath
     write("runtime.txt").write_text(
         "# pinned\ntorch==2.0\ntorchvision==0.2\nopencv-python-headless==4.0\n"
@@ -107,6 +137,7 @@ def test_installs_everything_then_skips_and_repairs(tree):
     assert first.returncode == 0, first.stderr
     modules = "import torch, torchvision, cv2, helper, detectron2; print(detectron2.VERSION)"
     assert value_in(tree, modules) == "0.7.2"
+    assert value_in(tree, "import own_package; print(own_package.VERSION)") == "in place"
     stamp = json.loads((tree / ".venv" / "setup_stamp.json").read_text())
     assert stamp["python"] == sys.version.split()[0]
 
@@ -154,6 +185,7 @@ def test_importable_detectron2_and_torch_are_kept(tree, tmp_path):
     assert line.endswith("installing what it lacks: helper==1.0")
     code = "import torch, detectron2, helper; print(torch.VERSION, detectron2.VERSION, {})"
     assert value_in(tree, code.format("helper.VERSION")) == "own build own build 1.0"
+    assert value_in(tree, "import own_package; print(own_package.VERSION)") == "in place"
 
 
 def test_a_package_that_cannot_be_imported_is_an_error_without_stamp(tree):
@@ -194,7 +226,7 @@ def test_wrong_python_named_by_the_user_is_one_line(other_python, capsys):
     assert other_python.main([]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert "Python 3.14 is not supported, 3.10 to 3.12" in lines[0]
+    assert "Python 3.14 is not supported, 3.10 to 3.12 are" in lines[0]
 
 
 def test_wrong_default_python_hands_over_to_one_that_starts(
