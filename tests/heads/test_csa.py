@@ -158,7 +158,7 @@ def test_at_its_start_the_assistant_says_what_the_student_says(arch, tmp_path):
         own = head(ctx)
         assert any(name.startswith("assistant/") for name in storage.latest())
     if arch == "RetinaNet":
-        pairs = zip(ours.logits + ours.boxes, theirs.logits + theirs.boxes, strict=True)
+        pairs = zip(ours.logits + ours.box_maps, theirs.logits + theirs.box_maps, strict=True)
         # the same anchors and labels: the same loss, by the same normaliser
         for name, loss in losses.items():
             torch.testing.assert_close(own[f"loss_aux_csa_{name.removeprefix('loss_')}"], loss)

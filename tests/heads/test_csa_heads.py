@@ -253,7 +253,7 @@ def test_on_the_teachers_own_features_it_predicts_what_the_teacher_does(
         theirs = predictor_for(model.teacher.model)
         expected = theirs.predict(ctx.teacher_features, assigned, constant=False)
     pairs = (
-        zip(found.logits + found.boxes, expected.logits + expected.boxes, strict=True)
+        zip(found.logits + found.box_maps, expected.logits + expected.box_maps, strict=True)
         if hasattr(found, "logits")
         else zip(sum(found.stages, ()), sum(expected.stages, ()), strict=True)
     )
