@@ -245,7 +245,7 @@ def test_the_students_later_layers_and_the_teacher_get_exactly_nothing(family, t
     assert all(p.grad is None for p in model.teacher.model.parameters())
 
 
-def test_a_level_of_one_cell_and_one_class():
+def test_a_level_of_one_cell():
     for toy in (toy_retinanet, toy_gfl, toy_fcos):
         ctx = prediction_context(toy=toy, sizes=((32, 32),), canvas=(32, 32))
         losses = run(build(toy(), toy()), ctx)
