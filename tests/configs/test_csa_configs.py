@@ -13,7 +13,6 @@ ROOT = Path(__file__).resolve().parents[2] / "configs"
 DETECTORS = ("retinanet", "faster_rcnn")
 PYRAMID = {"retinanet": ("p3", "p4", "p5"), "faster_rcnn": ("p2", "p3", "p4", "p5")}
 SECTIONS = ("MODEL", "SOLVER", "INPUT", "DATASETS", "DATALOADER", "TEST")
-SMALL = [("shapes", "retinanet"), ("shapes", "faster_rcnn"), ("aerial_cars", "retinanet")]
 HEADS = {"csa": ("CSA",), "sdf_csa": ("SDF", "CSA"), "output_kd": ("OutputKD",)}
 
 
@@ -63,30 +62,3 @@ def test_coco(detector, student, kind, method, scale, teacher):
     optimizer = csa.OPTIMIZER
     assert (optimizer.NAME, optimizer.BASE_LR, optimizer.WEIGHT_DECAY) == ("Adam", 3e-4, 1e-4)
     assert build_ramp(cfg, "CSA") == Ramp(30000, 1000, -1), "the published warm-up"
-
-
-@pytest.mark.parametrize(("folder", "detector"), SMALL)
-@pytest.mark.parametrize("method", list(HEADS))
-@pytest.mark.parametrize(("suffix", "scale"), [("", 1.0), ("_2x", 2.0)])
-def test_small_data_sets(folder, detector, method, suffix, scale):
-    name = f"{folder}/{detector}_student_{method}{suffix}.yaml"
-    if not (ROOT / name).exists():
-        assert (folder, method, suffix) == ("aerial_cars", "output_kd", "_2x")
-        return
-    cfg = load(name)
-    assert_only_distillation_differs(cfg, load(f"{folder}/{detector}_student.yaml"))
-    assert cfg.KD.HEADS == HEADS[method]
-    assert cfg.KD.TEACHER.INPUT_SCALE == scale
-    teacher = f"{folder}/{detector}_teacher{suffix}.yaml"
-    assert cfg.KD.TEACHER.CONFIG_FILE == str(ROOT / teacher)
-    assert cfg.KD.TEACHER.WEIGHTS == f"{load(teacher).OUTPUT_DIR}/model_final.pth"
-    if method == "output_kd":
-        return
-    iterations = cfg.SOLVER.MAX_ITER
-    assert build_ramp(cfg, "CSA") == Ramp(round(iterations / 3), round(iterations / 90), -1)
-    if scale == 2.0:
-        half = load(name.replace("_2x", ""))
-        equal = {level: rates for level, *rates in half.KD.CSA.RATES}
-        for level, *rates in cfg.KD.CSA.RATES:
-            # twice the rate, and so the same number of tokens; from 1 on nothing is aggregated
-            assert all(a in (2 * b, b) for a, b in zip(rates, equal[level], strict=True))

@@ -19,7 +19,7 @@ def make_suite() -> dict:
     """A teacher, a plain and a distilled student."""
     teacher = str(ROOT / "configs/shapes/retinanet_teacher.yaml")
     student = str(ROOT / "configs/shapes/retinanet_student.yaml")
-    distilled = str(ROOT / "configs/shapes/retinanet_student_fgfi.yaml")
+    distilled = str(ROOT / "configs/shapes/retinanet_student_cwd.yaml")
     return {
         "title": "test",
         "dataset": "compare_toy",

@@ -37,7 +37,7 @@ class ConfigFile(CN):
             filename = resolve_config(name, "_BASE_")
         chain = _CHAIN.get()
         here = os.path.realpath(filename)
-        if chain and not os.path.isfile(here):
+        if chain and "://" not in filename and not os.path.isfile(here):
             raise ConfigError(f"{chain[-1]}: _BASE_: no such file '{filename}'{moved(filename)}")
         if here in chain:
             raise ConfigError(

@@ -1,7 +1,7 @@
 """Draw what an ICD run distils in one image: where it looks, and what the training changed.
 
-    kd-visualize distill --config-file configs/shapes/retinanet_student_icd.yaml \\
-        --checkpoint output/shapes/retinanet_student_icd/model_final.pth --output icd.png
+    kd-visualize distill --config-file output/retinanet_icd/config.yaml \\
+        --checkpoint output/retinanet_icd/model_final.pth --output icd.png
 
 Rows of the picture, one column for each level of the pyramid:
 
