@@ -51,7 +51,6 @@ class AssistantHead(nn.Module):
             # a run that resumes must not take the student's head again
             self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         self._average = MovingAverage(decay)
-        self._view = None  # the student, and the predictor of it with this head
         self._started = False  # what the buffer said: it costs a transfer to ask
         self.register_load_state_dict_post_hook(_ask_again)
 
@@ -83,11 +82,9 @@ class AssistantHead(nn.Module):
         """Of the student with this head in place of its own."""
         if self.kind == "student":
             return predictor_for(ctx.student)
-        if self._view is None or self._view[0] is not ctx.student:
-            source = self._of(ctx.teacher.model) if self.parts is None else self.parts
-            view = with_modules(ctx.student, dict(zip(self.paths, source, strict=True)))
-            self._view = ctx.student, predictor_for(view)
-        return self._view[1]
+        source = self._of(ctx.teacher.model) if self.parts is None else self.parts
+        # not kept: a view does not follow the student from training to evaluation
+        return predictor_for(with_modules(ctx.student, dict(zip(self.paths, source, strict=True))))
 
     def predict(self, ctx: DistillContext, features: Mapping[str, torch.Tensor], assigned):
         """:meth:`Predictor.predict` by this head; "copy" alone gets gradients of its own."""
