@@ -36,7 +36,8 @@ def load(name: str):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loads(name):
     cfg = load(name)
-    assert cfg.DATASETS.TRAIN
+    # a part that other configs take beside their base
+    assert cfg.DATASETS.TRAIN or name == "shapes/Base-student.yaml"
     assert cfg.SOLVER.MAX_ITER > 0
 
 
