@@ -118,6 +118,7 @@ class ShareController:
         self.period, self.ema, self.bound = period, ema, bound
         for name in self.targets:
             heads[name].register_buffer(_STATE, torch.zeros(2, dtype=torch.float64))
+        self._states: dict[str, torch.Tensor] = {}
         self._measured = -1  # the iteration, so that further micro-batches do not count
         self._due = False
         self._task: dict[tuple[int, ...], float] = {}
@@ -144,24 +145,32 @@ class ShareController:
         """
         if name not in self.targets:
             return 1.0
-        state = getattr(head, _STATE)
-        target = self.targets[name](ctx.iteration)
-        if self._due:
-            share = self._share(name, head, losses, ctx)
-            if share > 0:
-                update(state, math.log(share), self.ema)
-                factor = multiplier(state, target, self.bound)
-                storage = get_event_storage()
-                storage.put_scalar(f"kd/share_{name}", share * factor, smoothing_hint=False)
-                storage.put_scalar(f"kd/multiplier_{name}", factor, smoothing_hint=False)
-                return factor
-        return multiplier(state, target, self.bound)
+        state = self._state(name, head)
+        share = self._share(name, head, losses, ctx) if self._due else 0.0
+        if share > 0:
+            update(state, math.log(share), self.ema)
+            getattr(head, _STATE).copy_(state)
+        factor = multiplier(state, self.targets[name](ctx.iteration), self.bound)
+        if share > 0:
+            storage = get_event_storage()
+            storage.put_scalar(f"kd/share_{name}", share * factor, smoothing_hint=False)
+            storage.put_scalar(f"kd/multiplier_{name}", factor, smoothing_hint=False)
+        return factor
 
     def end(self, ctx: DistillContext) -> None:
         """The heads of a step have run."""
         if self._due:
             self._measured = ctx.iteration
         self._due, self._losses, self._task = False, (), {}
+
+    def _state(self, name: str, head: nn.Module) -> torch.Tensor:
+        """A head's buffer on the CPU, so that no step waits for the device to read it.
+
+        Copied in the first step, when a checkpoint to resume from has been loaded.
+        """
+        if name not in self._states:
+            self._states[name] = getattr(head, _STATE).to("cpu", copy=True)
+        return self._states[name]
 
     def _share(self, name, head, losses, ctx) -> float:
         """exp of the mean over processes of log r; 0 where any of them has none."""
