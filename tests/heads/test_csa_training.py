@@ -6,6 +6,7 @@ import kd_models
 import pytest
 import torch
 import toy_data
+from kd_runs import interrupt
 
 from projects.kd.engine.trainer import DistillTrainer
 from projects.kd.schedule import Ramp, build_ramp
@@ -143,23 +144,11 @@ def test_resume_keeps_both_optimizers_and_the_assistants_head(head, teacher, tmp
     copied = [name for name in state(straight) if name.startswith("head.parts")]
     assert bool(copied) == (head != "student")
 
-    class Interrupt(Exception):
-        pass
-
     cfg = config(teacher, tmp_path / "resumed", **own)
     torch.manual_seed(0)
     trainer = DistillTrainer(cfg)
     trainer.resume_or_load(False)
-    step = trainer.run_step
-
-    def run_step():
-        if trainer.iter == 4:
-            raise Interrupt
-        step()
-
-    trainer.run_step = run_step
-    with pytest.raises(Interrupt):
-        trainer.train()
+    interrupt(trainer, at=4)
     resumed = trained(cfg, resume=True)
     assert resumed.start_iter == 4
     assert same(state(straight), state(resumed))

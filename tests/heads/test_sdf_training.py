@@ -11,6 +11,7 @@ import toy_data
 from detectron2.utils.events import EventStorage
 from gradient_worker import SIZES, Step, batch_of
 from gradient_worker import Case as GradientCase
+from kd_runs import interrupt
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -98,10 +99,6 @@ def test_the_teachers_cells_are_averaged_inside_of_its_image(teachers):
         torch.testing.assert_close(found[0, :, y, x], expected)
 
 
-class Interrupt(Exception):
-    pass
-
-
 def test_a_run_resumes_to_the_bit_with_its_average(tmp_path, monkeypatch):
     """Double resolution, accumulated steps, a checkpoint in the middle."""
     monkeypatch.setattr(evaluation, "evaluate", lambda cfg, model: {"bbox": {"AP": 1.0}})
@@ -131,22 +128,10 @@ def test_a_run_resumes_to_the_bit_with_its_average(tmp_path, monkeypatch):
         trainer.resume_or_load(resume)
         return trainer
 
-    def interrupted(trainer, at):
-        step = trainer.run_step
-
-        def run_step():
-            if trainer.iter == at:
-                raise Interrupt
-            step()
-
-        trainer.run_step = run_step
-        with pytest.raises(Interrupt):
-            trainer.train()
-
     straight = start("straight")
     initial = {k: v.clone() for k, v in straight._unwrapped.heads.state_dict().items()}
     straight.train()
-    interrupted(start("broken"), at=5)  # the last checkpoint is that of iteration 3
+    interrupt(start("broken"), at=5)  # the last checkpoint is that of iteration 3
     torch.manual_seed(123)
     resumed = start("broken", resume=True, seed=99)
     assert resumed.start_iter == 4
