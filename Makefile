@@ -12,6 +12,8 @@ DEMO := .venv/bin/kd-compare --suite configs/suites/demo.yaml --output output/de
 # What `make test` runs, and in how many processes: make test TESTS=tests/heads JOBS=4
 TESTS ?= tests
 JOBS ?= 2
+# as training sets them, see projects/kd/engine/huge_pages.py; elsewhere than on Linux they say nothing
+HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-newest test-wheel wheel lint docs clean
@@ -34,12 +36,12 @@ demo: setup
 	$(DEMO)
 
 test: setup
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -n $(JOBS) --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 $(HUGE_PAGES) $(VENV_PYTHON) -m pytest -q -n $(JOBS) --dist loadfile $(TESTS)
 
 # For a release: .ci/run calls neither of these two.
 test-newest:
 	@$(PYTHON) dev/setup_env.py --newest $(SETUP_FLAGS)
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q -n $(JOBS) --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 $(HUGE_PAGES) .venv-newest/bin/python -m pytest -q -n $(JOBS) --dist loadfile $(TESTS)
 
 test-wheel: setup
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -m wheel tests/test_wheel.py

@@ -53,6 +53,7 @@ from ..arguments import (
     whole,
 )
 from ..data.register import register_configured
+from ..engine.huge_pages import use_huge_pages
 from ..errors import exit_on_user_error
 
 NOT_FINISHED = 3  # exit status when --minutes were over first
@@ -117,5 +118,7 @@ def parse_arguments(argv=None):
 def run() -> None:
     """The command."""
     with exit_on_user_error():
-        status = main(parse_arguments())
+        args = parse_arguments()
+        use_huge_pages()  # every run inherits them
+        status = main(args)
     sys.exit(status)

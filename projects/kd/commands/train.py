@@ -25,6 +25,7 @@ from ..config import load_config
 from ..data.image_check import check_images
 from ..data.register import register_configured
 from ..engine.checkpoint import DistillCheckpointer, output_checkpoint
+from ..engine.huge_pages import use_huge_pages
 from ..engine.launch import argument_parser, launch_training
 from ..engine.setup import start_run
 from ..engine.trainer import DistillTrainer
@@ -137,7 +138,9 @@ def parse_arguments(argv=None):
 def run() -> None:
     """The command: parse what was typed, and start the processes of the run."""
     with exit_on_user_error():
-        launch_training(main, parse_arguments())
+        args = parse_arguments()
+        use_huge_pages()
+        launch_training(main, args)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 All run best on an idle machine. ``kd-benchmark PART -h`` tells a part's flags.
 """
 
+from ...engine.huge_pages import use_huge_pages
 from ..parts import Parts
 
 _STEP = "step"
@@ -25,4 +26,9 @@ PARTS = Parts(
         "visdrone": ("visdrone", "the VisDrone metrics beside pycocotools"),
     },
 )
-run = PARTS.run
+
+
+def run() -> None:
+    """The command, with the memory that a training has."""
+    use_huge_pages()
+    PARTS.run()

@@ -1,0 +1,74 @@
+"""Huge pages for the tensors of a training on a CPU.
+
+A step allocates and frees its tensors many times; the C library gives their memory back to the
+system, and every new page costs a fault. glibc (2.35 and newer) asks Linux for huge pages and so
+for a five-hundredth of the faults when ``GLIBC_TUNABLES`` says so, but it reads that variable only
+when a process starts. Hence :func:`use_huge_pages` starts the command anew, once, as the same
+process. Results are the same to the bit; docs/costs.md has the times.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Mapping
+
+import torch
+
+TUNABLE = "glibc.malloc.hugetlb"
+SWITCH = "KD_HUGE_PAGES"  # environment variable: 0 = leave the allocator as it is
+_SETTING = "/sys/kernel/mm/transparent_hugepage/enabled"
+_OLDEST_GLIBC = (2, 35)
+
+
+def use_huge_pages() -> None:
+    """Start this command anew with huge pages, where it trains on a CPU and they are to be had.
+
+    Call it first: nothing that the process has done or opened is kept. It returns where there is
+    a GPU, where the system has no such setting, and in the process that it has started.
+    """
+    if torch.cuda.is_available():
+        return
+    environment = with_huge_pages(os.environ, _setting(), platform.libc_ver())
+    if environment is None:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    except OSError:
+        return  # it trains as well without them
+
+
+def with_huge_pages(
+    environment: Mapping[str, str], setting: str, libc: tuple[str, str]
+) -> dict[str, str] | None:
+    """The environment that turns huge pages on; None where nothing is to be done.
+
+    Args:
+        environment: of the process; a value that it has for the tunable stays.
+        setting: the system's, "always [madvise] never" for example.
+        libc: name and version of the C library.
+    """
+    name, version = libc
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    tunables = environment.get("GLIBC_TUNABLES", "")
+    if (
+        name != "glibc"
+        or numbers < _OLDEST_GLIBC
+        or "[madvise]" not in setting
+        or environment.get(SWITCH) == "0"
+        or TUNABLE in tunables
+    ):
+        return None
+    joined = ":".join(filter(None, [tunables, f"{TUNABLE}=1"]))
+    return {**environment, "GLIBC_TUNABLES": joined}
+
+
+def _setting() -> str:
+    try:
+        with open(_SETTING) as stream:
+            return stream.read()
+    except OSError:  # no Linux, or one without them
+        return ""

@@ -1,0 +1,68 @@
+"""A command on a CPU starts anew with huge pages, once, with its own arguments and exit status."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from projects.kd.engine.huge_pages import TUNABLE, with_huge_pages
+
+MADVISE = "always [madvise] never"
+GLIBC = ("glibc", "2.36")
+
+
+def test_the_variable_is_added_to_what_is_there():
+    assert with_huge_pages({"A": "1"}, MADVISE, GLIBC) == {
+        "A": "1",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    }
+    given = {"GLIBC_TUNABLES": "glibc.malloc.check=1"}
+    made = with_huge_pages(given, MADVISE, GLIBC)
+    assert made["GLIBC_TUNABLES"] == "glibc.malloc.check=1:glibc.malloc.hugetlb=1"
+    assert given == {"GLIBC_TUNABLES": "glibc.malloc.check=1"}
+
+
+@pytest.mark.parametrize(
+    "environment, setting, libc",
+    [
+        ({}, "always madvise [never]", GLIBC),
+        ({}, "[always] madvise never", GLIBC),  # the system gives them without being asked
+        ({}, "", GLIBC),
+        ({}, MADVISE, ("glibc", "2.34")),
+        ({}, MADVISE, ("", "")),
+        ({"KD_HUGE_PAGES": "0"}, MADVISE, GLIBC),
+        ({"GLIBC_TUNABLES": f"{TUNABLE}=0"}, MADVISE, GLIBC),  # the user's own word
+        ({"GLIBC_TUNABLES": f"{TUNABLE}=1"}, MADVISE, GLIBC),  # started anew before
+    ],
+)
+def test_nothing_is_done(environment, setting, libc):
+    assert with_huge_pages(environment, setting, libc) is None
+
+
+SCRIPT = """
+import os, sys
+import projects.kd.engine.huge_pages as pages
+pages._setting = lambda: "always [madvise] never"
+pages.platform.libc_ver = lambda: ("glibc", "2.40")
+pages.torch.cuda.is_available = lambda: False
+print("pid", os.getpid(), flush=True)
+pages.use_huge_pages()
+print(os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], flush=True)
+sys.exit(3)
+"""
+
+
+def test_a_command_starts_anew_once_as_the_same_process(tmp_path):
+    script = tmp_path / "command.py"
+    script.write_text(SCRIPT)
+    environment = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES",)}
+    environment |= {"KD_HUGE_PAGES": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), "A", "two words"],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    first, second, last = done.stdout.splitlines()
+    assert first == second and first.startswith("pid ")
+    assert last == "glibc.malloc.hugetlb=1 ['A', 'two words']"
+    assert done.returncode == 3
