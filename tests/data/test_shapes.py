@@ -238,6 +238,18 @@ def test_default_and_configured_place(tmp_path, monkeypatch):
     assert shapes.split_folder("val") == expected
 
 
+def test_few_holds_the_first_pictures_of_train(tmp_path):
+    for split, count in (("few", 2), ("train", 3), ("dev", 2)):
+        shapes.generate(split, str(tmp_path / split), count)
+    few, train = (json.loads((tmp_path / s / "instances.json").read_text()) for s in ("few", "train"))
+    assert few["images"] == train["images"][:2]
+    assert few["annotations"] == [row for row in train["annotations"] if row["image_id"] <= 2]
+    for image in few["images"]:
+        picture = (tmp_path / "few/images" / image["file_name"]).read_bytes()
+        assert picture == (tmp_path / "train/images" / image["file_name"]).read_bytes()
+        assert picture != (tmp_path / "dev/images" / image["file_name"]).read_bytes()
+
+
 def test_flipping_keeps_left_left(tmp_path, monkeypatch):
     """Objects are tilted by less than 90 degrees, so "left" is left of "right", flipped or not."""
     monkeypatch.setitem(shapes.SPLITS, "val", 6)
