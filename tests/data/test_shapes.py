@@ -241,7 +241,9 @@ def test_default_and_configured_place(tmp_path, monkeypatch):
 def test_few_holds_the_first_pictures_of_train(tmp_path):
     for split, count in (("few", 2), ("train", 3), ("dev", 2)):
         shapes.generate(split, str(tmp_path / split), count)
-    few, train = (json.loads((tmp_path / s / "instances.json").read_text()) for s in ("few", "train"))
+    few, train = (
+        json.loads((tmp_path / s / "instances.json").read_text()) for s in ("few", "train")
+    )
     assert few["images"] == train["images"][:2]
     assert few["annotations"] == [row for row in train["annotations"] if row["image_id"] <= 2]
     for image in few["images"]:

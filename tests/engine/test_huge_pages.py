@@ -53,16 +53,24 @@ sys.exit(3)
 """
 
 
+def run(arguments, **options):
+    environment = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES",)}
+    environment |= {"KD_HUGE_PAGES": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-W", "ignore", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
+
+
 def test_a_command_starts_anew_once_as_the_same_process(tmp_path):
     script = tmp_path / "command.py"
     script.write_text(SCRIPT)
-    environment = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES",)}
-    environment |= {"KD_HUGE_PAGES": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), "A", "two words"],
-        capture_output=True, text=True, env=environment,
-    )  # fmt: skip
+    done = run([str(script), "A", "two words"])
     first, second, last = done.stdout.splitlines()
     assert first == second and first.startswith("pid ")
     assert last == "glibc.malloc.hugetlb=1 ['A', 'two words']"
+    assert done.returncode == 3
+
+
+def test_a_program_from_standard_input_is_run_to_its_end():
+    done = run(["-", "A"], input=SCRIPT)
+    assert done.stdout.splitlines()[1:] == ["None ['A']"]
     assert done.returncode == 3

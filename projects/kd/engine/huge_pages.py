@@ -26,9 +26,10 @@ def use_huge_pages() -> None:
     """Start this command anew with huge pages, where it trains on a CPU and they are to be had.
 
     Call it first: nothing that the process has done or opened is kept. It returns where there is
-    a GPU, where the system has no such setting, and in the process that it has started.
+    a GPU, where the system has no such setting, where the program was read from standard input, and
+    in the process that it has started.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or sys.argv[0] in ("", "-"):  # "-": the program came from stdin
         return
     environment = with_huge_pages(os.environ, _setting(), platform.libc_ver())
     if environment is None:
