@@ -1,4 +1,4 @@
-"""Draw docs/images/results.png from docs/data/results.yaml::
+"""Draw results.png and few_labels.png of docs/images from their YAML files in docs/data::
 
 python dev/docs_site/chart.py
 """
@@ -43,6 +43,37 @@ def draw(data: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def draw_lengths(data: dict, path: Path) -> None:
+    """AP over the length of training: a line through the means, a dot for each seed."""
+    figure, axes = plt.subplots(figsize=(8.4, 3.6), layout="constrained")
+    for row in data["rows"]:
+        lengths = list(row["ap"])
+        means = [sum(seeds) / len(seeds) for seeds in row["ap"].values()]
+        axes.plot(lengths, means, color=row["colour"], lw=2.5, marker="o", ms=7, label=row["name"])
+        for length, seeds in row["ap"].items():
+            if len(seeds) > 1:
+                axes.scatter([length] * len(seeds), seeds, s=14, color="black", zorder=4)
+            axes.annotate(
+                f"{sum(seeds) / len(seeds):.1f}", (length, max(seeds)),
+                xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9,
+            )  # fmt: skip
+    axes.axhline(data["teacher"], color=COLOURS["teacher"], ls="--", lw=1.5)
+    axes.annotate(
+        f"teacher {data['teacher']:.1f}", (data["lengths"][0], data["teacher"]),
+        xytext=(0, -13), textcoords="offset points", fontsize=9, color=COLOURS["teacher"],
+    )  # fmt: skip
+    axes.set_xscale("log")
+    axes.minorticks_off()
+    axes.set_xticks(data["lengths"], [str(length) for length in data["lengths"]])
+    axes.set(ylim=(0, 90), xlabel="iterations", ylabel=data["metric"])
+    axes.set_title(data["title"], fontsize=10)
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="center left", bbox_to_anchor=(0.02, 0.6), fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
 if __name__ == "__main__":
-    results = yaml.safe_load((ROOT / "docs/data/results.yaml").read_text(encoding="utf-8"))
-    draw(results, ROOT / "docs/images/results.png")
+    for name, function in {"results": draw, "few_labels": draw_lengths}.items():
+        values = yaml.safe_load((ROOT / f"docs/data/{name}.yaml").read_text(encoding="utf-8"))
+        function(values, ROOT / f"docs/images/{name}.png")
