@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "projects/kd"
 # each other.
 LAYERS = (
     ("errors", "seeding", "precision", "moved_configs"),
-    ("files", "adapters", "levels", "stopping", "inherit", "taps"),
-    ("config", "arguments", "context", "detectors", "methods", "weight_files"),
+    ("files", "adapters", "levels", "stopping", "taps"),
+    ("config", "arguments", "context", "detectors"),
     ("weights", "functional", "schedule", "balance"),
     ("predict", "data"),
     ("heads", "modeling", "evaluation"),

@@ -24,8 +24,8 @@ from .errors import ConfigError, UserError, did_you_mean
 from .files import published_weights, resolve_config
 from .modeling.narrow_maps import guard_narrow_maps
 from .taps import FeatureTaps, TapSpec
-from .weight_files import modules_in
-from .weights import load_weights
+from .weights.files import modules_in
+from .weights.loading import load_weights
 
 logger = logging.getLogger(__name__)
 

@@ -123,7 +123,7 @@ def test_a_dc5_teacher(tmp_path):
 
 def test_inheriting_the_whole_transformer(teacher, tmp_path):
     """A student whose widths agree can start from the teacher's transformer and heads."""
-    from projects.kd.inherit import inherit
+    from projects.kd.engine.inherit import inherit
 
     model = wrapper(teacher, MODEL__CONDITIONAL_DETR__DEC_LAYERS=4)
     prefixes = ("transformer.", "input_proj.", "class_embed.", "bbox_embed.")

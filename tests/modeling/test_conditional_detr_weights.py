@@ -247,7 +247,7 @@ def test_tool_reads_the_authors_training_files(model, tmp_path, capsys):
     assert "official layout" in text and "80 rows of COCO's categories of 91" in text
     cfg = config()
     cfg.MODEL.WEIGHTS = str(output)
-    from projects.kd.weights import load_detector
+    from projects.kd.weights.loading import load_detector
 
     fresh = build(cfg, seed=6)
     assert load_detector(fresh, str(output), "MODEL.WEIGHTS") == []

@@ -16,7 +16,7 @@ from detectron2.modeling import build_model
 from projects.kd.commands.convert import PARTS
 from projects.kd.commands.convert import resnet as tool
 from projects.kd.errors import ConfigError
-from projects.kd.weights import load_detector
+from projects.kd.weights.loading import load_detector
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "convert.py"

@@ -15,7 +15,7 @@ from ..distiller import DistillMetaArch, build_training_model
 from ..errors import ConfigError
 from ..heads.csa import CSA
 from ..predict.base import step_precision
-from ..weights import load_run
+from ..weights.loading import load_run
 
 logger = logging.getLogger(__name__)
 

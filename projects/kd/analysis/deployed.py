@@ -13,7 +13,7 @@ import torch
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.modeling import build_model
 
-from ..weights import load_detector
+from ..weights.loading import load_detector
 from .measure import interleave
 from .suites import Run
 

@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 from ..config import load_config
 from ..errors import ConfigError
 from ..files import find_shipped, shipped_configs, write_atomically
-from ..recipes import recipe_config
+from ..recipes.one_flag import recipe_config
 from .report import read_jsonl
 from .run_folders import last_line, move_aside, read_or_none, run_logged
 from .suite_file import ONCE, read_suite

@@ -44,7 +44,7 @@ from ..data.register import register_configured
 from ..engine.hooks import floats_kept, set_floats
 from ..errors import exit_on_user_error
 from ..precision import step_dtype
-from ..weights import load_detector, load_run
+from ..weights.loading import load_detector, load_run
 
 
 def parse_arguments(argv=None):

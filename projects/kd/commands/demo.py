@@ -32,7 +32,7 @@ from ..data.register import register_configured
 from ..errors import DataError, exit_on_user_error
 from ..evaluation.tiles import TiledDetector
 from ..files import writable_folder
-from ..weights import load_detector
+from ..weights.loading import load_detector
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 

@@ -37,7 +37,7 @@ from ..evaluation.tta import tta_class
 def setup(args) -> CfgNode:
     """Config, data sets and log files of a run."""
     if args.teacher:
-        from ..recipes import apply_recipe
+        from ..recipes.one_flag import apply_recipe
 
         cfg = apply_recipe(args)
     else:

@@ -17,8 +17,8 @@ from torch import nn
 
 from ..errors import ConfigError, UserError, disk_fault
 from ..files import replacing
-from ..weight_files import modules_in
-from ..weights import SafeCheckpointer
+from ..weights.files import modules_in
+from ..weights.loading import SafeCheckpointer
 
 _NAMES = re.compile(r"model_(\d{7}|final)\.pth")  # files that training writes
 # entries of weight files that say nothing about the architecture

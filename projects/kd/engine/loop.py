@@ -19,7 +19,7 @@ from torch.nn.utils import get_total_norm
 
 from ..errors import ConfigError, TrainingError
 from ..seeding import STEP, seed_generators
-from ..weight_files import modules_in
+from ..weights.files import modules_in
 from .optim import GradientClip
 from .processes import FIND_UNUSED, idle_parameters, unexpectedly_idle
 from .resume import load_optimizer

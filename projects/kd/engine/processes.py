@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ConfigError
-from ..weight_files import modules_in
+from ..weights.files import modules_in
 
 logger = logging.getLogger(__name__)
 

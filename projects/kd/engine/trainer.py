@@ -22,7 +22,6 @@ from ..data.loader import build_train_loader
 from ..distiller import build_training_model, student_of
 from ..errors import ConfigError, Stopped
 from ..files import replacing, writable_folder
-from ..inherit import inherit
 from ..precision import step_dtype
 from .checkpoint import DistillCheckpointer, Heads
 from .export import write_student_config
@@ -37,6 +36,7 @@ from .hooks import (
     running_floats,
     set_floats,
 )
+from .inherit import inherit
 from .loop import TrainLoop
 from .optim import MAIN, build_optimizations
 from .processes import wrap_ddp

@@ -16,7 +16,7 @@ import torch
 
 from ..errors import ConfigError
 from ..files import resolve_weights
-from ..weight_files import read_torch_file
+from ..weights.files import read_torch_file
 from .resnet_names import detectron2_name
 
 # COCO has category ids up to 90, these are not used

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..files import resolve_weights
-from ..weight_files import read_torch_file
+from ..weights.files import read_torch_file
 
 KEY = "MODEL.TIMM.WEIGHTS"
 # Where timm's models keep what lies behind the last feature map.

@@ -29,7 +29,7 @@ from ...arguments import Parser, output_file
 from ...errors import ConfigError
 from ...files import resolve_weights
 from ...modeling.resnet_names import detectron2_name
-from ...weight_files import read_torch_file
+from ...weights.files import read_torch_file
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 

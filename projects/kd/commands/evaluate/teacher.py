@@ -25,7 +25,7 @@ from ...data.classes import check_taught_names
 from ...data.image_check import check_images
 from ...data.register import register_configured
 from ...evaluation import check_evaluation, evaluate
-from ...weights import load_detector
+from ...weights.loading import load_detector
 
 INPUT_KEYS = ("MIN_SIZE_TEST", "MAX_SIZE_TEST")
 

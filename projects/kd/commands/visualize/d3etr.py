@@ -38,11 +38,11 @@ from ...analysis.pictures import data_set_entry, write_picture
 from ...arguments import Parser, output_file, whole
 from ...data.mapper import ImageMapper, NamedErrors
 from ...data.register import register_configured
+from ...engine.inherit import inherit
 from ...errors import ConfigError
 from ...functional.set_prediction import cxcywh_to_xyxy
-from ...inherit import inherit
 from ...levels import canvas_size
-from ...weights import load_detector
+from ...weights.loading import load_detector
 
 COLOURS = plt.get_cmap("tab10").colors
 

@@ -35,13 +35,13 @@ from ...arguments import Parser, output_file, whole
 from ...data.mapper import MultiResolutionMapper, NamedErrors
 from ...data.register import register_configured
 from ...distiller import paired_infos
+from ...engine.inherit import inherit
 from ...errors import ConfigError
 from ...functional.icd import summed_attention
 from ...functional.icd_values import token_distance
 from ...heads.icd import fgfi_mask
 from ...heads.icd_decoder import project
-from ...inherit import inherit
-from ...weights import load_detector, load_run
+from ...weights.loading import load_detector, load_run
 
 
 def load_example(cfg, dataset: str, index: int) -> dict:

@@ -29,7 +29,7 @@ from ...analysis.pictures import write_picture
 from ...arguments import Parser, output_file, whole
 from ...data.register import register_configured
 from ...errors import ConfigError
-from ...weights import load_detector, load_run
+from ...weights.loading import load_detector, load_run
 from .distill import load_example
 
 

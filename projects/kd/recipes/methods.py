@@ -16,8 +16,8 @@ from detectron2.modeling import GeneralizedRCNN, SemanticSegmentor
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 
-from .errors import ConfigError, did_you_mean
-from .files import shipped_configs
+from ..errors import ConfigError, did_you_mean
+from ..files import shipped_configs
 
 ONE_STAGE, TWO_STAGE, SEGMENTATION = "one-stage", "two-stage", "segmentation"
 OTHER = "other"

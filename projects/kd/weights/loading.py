@@ -13,9 +13,9 @@ from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
-from .errors import ConfigError
-from .files import may_unpickle, resolve_weights, split_query
-from .weight_files import (
+from ..errors import ConfigError
+from ..files import may_unpickle, resolve_weights, split_query
+from .files import (
     choose_state,
     is_plain_pickle,
     modules_in,

@@ -16,16 +16,16 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from torch import nn
 
-from .building import build_detector
-from .config import load_config, merge_config, merge_overrides
-from .config.config_files import read_yaml
-from .config.key_checks import check_each
-from .errors import ConfigError
-from .files import published_weights, resolve_config
-from .heads.base import IMITATION_HEAD_REGISTRY, head_class
-from .levels import default_levels, pair_levels
+from ..building import build_detector
+from ..config import load_config, merge_config, merge_overrides
+from ..config.config_files import read_yaml
+from ..config.key_checks import check_each
+from ..errors import ConfigError
+from ..files import published_weights, resolve_config
+from ..heads.base import IMITATION_HEAD_REGISTRY, head_class
+from ..levels import default_levels, pair_levels
+from ..teacher import build_from_lazy, build_from_yaml
 from .methods import families_of, family, method_file, method_names, source_of
-from .teacher import build_from_lazy, build_from_yaml
 
 DEFAULT_METHOD = "PKD"
 DEFAULT_REASON = (

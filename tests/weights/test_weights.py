@@ -11,7 +11,8 @@ from torch import nn
 
 from projects.kd import ConfigError
 from projects.kd.files import is_zoo_file, published_weights, resolve_weights
-from projects.kd.weights import SafeCheckpointer, load_detector, read_torch_file
+from projects.kd.weights.files import read_torch_file
+from projects.kd.weights.loading import SafeCheckpointer, load_detector
 
 KEY = "MODEL.WEIGHTS"
 

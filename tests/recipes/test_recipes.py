@@ -16,10 +16,10 @@ from projects.kd.config import merge_config
 from projects.kd.config.config_files import read_yaml
 from projects.kd.errors import ConfigError
 from projects.kd.heads.base import IMITATION_HEAD_REGISTRY, ImitationHead
-from projects.kd.methods import method_file, method_files, method_names, source_of
-from projects.kd.recipes import BY_TEACHER, DEFAULT_METHOD, apply_recipe
+from projects.kd.recipes.methods import method_file, method_files, method_names, source_of
+from projects.kd.recipes.one_flag import BY_TEACHER, DEFAULT_METHOD, apply_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ZOO = "model_zoo://COCO-Detection/"
 RETINA_STUDENT, RETINA_TEACHER = (
     f"{ZOO}retinanet_R_50_FPN_1x.yaml",

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from projects.kd import check_config
+from projects.kd.engine.inherit import inherit
 from projects.kd.engine.trainer import DistillTrainer
 from projects.kd.errors import ConfigError
-from projects.kd.inherit import inherit
 
 ONE_STAGE = ("backbone.fpn_", "backbone.top_block.", "head.")
 TWO_STAGE = ("backbone.fpn_", "proposal_generator.", "roi_heads.")
@@ -82,7 +82,7 @@ def test_what_the_teacher_lacks_is_said():
 
 def test_every_key_is_logged(caplog):
     student, teacher = pair(teacher=BOTTLENECK)
-    with caplog.at_level(logging.INFO, logger="projects.kd.inherit"):
+    with caplog.at_level(logging.INFO, logger="projects.kd.engine.inherit"):
         result = inherit(student, teacher, ONE_STAGE)
     text = "\n".join(record.getMessage() for record in caplog.records)
     assert f"Copied from the teacher ({len(result.copied)})" in text

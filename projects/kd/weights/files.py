@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 # First bytes of what people take for weights, and what to say.
 _OTHERS = (

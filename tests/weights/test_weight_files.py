@@ -21,8 +21,8 @@ from projects.kd.files import is_zoo_file, may_unpickle, resolve_weights, split_
 from projects.kd.modeling.conditional_detr_weights import read_weights
 from projects.kd.modeling.timm_weights import load_timm_weights
 from projects.kd.teacher import build_teacher
-from projects.kd.weight_files import read_torch_file
-from projects.kd.weights import load_detector, load_weights
+from projects.kd.weights.files import read_torch_file
+from projects.kd.weights.loading import load_detector, load_weights
 
 KEY = "MODEL.WEIGHTS"
 WORDS = ("model", "state_dict", "module", "student", "net", "ema", "epoch", "a.b", "module.model")
