@@ -30,6 +30,7 @@ class _Detector:
     class_names: str = "thing_classes"
     pseudo_anchors: float | None = None
     predictors: list[type] = field(default_factory=list)
+    label_maps: bool = True
 
 
 _DETECTORS: dict[str, _Detector] = {}
@@ -43,6 +44,7 @@ def register_detector(
     class_names: str = "thing_classes",
     pseudo_anchors: float | None = None,
     predictor: type | None = None,
+    label_maps: bool | None = None,
 ) -> None:
     """Say what a meta-arch offers to distillation; a second call adds to the first.
 
@@ -59,6 +61,8 @@ def register_detector(
             detectors without anchors, or whose own say nothing about the size of objects.
         predictor: a :class:`~projects.kd.predict.Predictor`, for heads on predictions. Several may
             be registered for one meta-arch; the first that ``fits`` the model is taken.
+        label_maps: False = it trains without maps of classes (``sem_seg``), so that the loader
+            leaves them unread. Said of this meta-arch alone, not of its subclasses.
     """
     own = _DETECTORS.setdefault(arch, _Detector())
     own.taps.update(taps)
@@ -68,6 +72,8 @@ def register_detector(
         own.pseudo_anchors = float(pseudo_anchors)
     if predictor is not None:
         own.predictors.append(predictor)
+    if label_maps is not None:
+        own.label_maps = label_maps
 
 
 def _lineage(cls: type) -> Iterator[_Detector]:
@@ -99,6 +105,11 @@ def offers(arch: str, name: str) -> bool:
         return False
     cls = META_ARCH_REGISTRY.get(arch)
     return isinstance(cls, type) and any(name in x.taps for x in _lineage(cls))
+
+
+def reads_label_maps(arch: str) -> bool:
+    """Whether a meta-arch may train on label maps; True unless it was registered as one without."""
+    return arch not in _DETECTORS or _DETECTORS[arch].label_maps
 
 
 def architectures_with(names: Iterable[str]) -> list[str]:

@@ -13,7 +13,12 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 
 from projects.kd import ConfigError, DataError
-from projects.kd.data.loader import GroupedBatchSampler, SeededDataset, build_train_loader
+from projects.kd.data.loader import (
+    GroupedBatchSampler,
+    SeededDataset,
+    build_train_loader,
+    without_unused,
+)
 from projects.kd.data.mapper import build_train_mapper
 
 NAME = "noise_loader"
@@ -211,3 +216,33 @@ def test_wrong_settings_name_their_key(dicts, monkeypatch):
     monkeypatch.setattr(comm, "get_world_size", lambda: 3)
     with pytest.raises(ConfigError, match="SOLVER.IMS_PER_BATCH 2 must be divisible"):
         build_train_loader(make_cfg())
+
+
+@pytest.mark.parametrize(
+    "arch, masks, kept",
+    [
+        ("RetinaNet", False, {"bbox"}),
+        ("GeneralizedRCNN", True, {"bbox", "segmentation"}),
+        ("PanopticFPN", True, {"bbox", "segmentation", "map"}),  # a subclass of GeneralizedRCNN
+        ("SemanticSegmentor", False, {"bbox", "map"}),
+        ("SomebodysDetector", False, {"bbox", "map"}),  # may read it
+    ],
+)
+def test_only_what_the_detector_trains_on_is_read(arch, masks, kept):
+    row = {"bbox": [0, 0, 1, 1], "segmentation": [[0, 0, 1, 0, 1, 1]], "keypoints": [0, 0, 2]}
+    given = [{"file_name": "a.png", "sem_seg_file_name": "map.png", "annotations": [row]}, {"b": 1}]
+    cfg = make_cfg(MODEL__META_ARCHITECTURE=arch, MODEL__MASK_ON=masks)
+    first, second = without_unused(cfg, given)
+    found = set(first["annotations"][0]) | ({"map"} if "sem_seg_file_name" in first else set())
+    assert found == kept and second == {"b": 1}
+    assert set(row) == {"bbox", "segmentation", "keypoints"} and len(given[0]) == 3
+
+
+def test_batches_are_the_same_without_what_is_unused(dicts):
+    for entry in dicts:
+        entry["sem_seg_file_name"] = entry["file_name"] + ".not_there"
+    cfg = make_cfg()
+    lean = take(cfg, 3)
+    for entry in dicts:
+        del entry["sem_seg_file_name"]
+    assert same(lean, take(cfg, 3, mapper=build_train_mapper(cfg)))

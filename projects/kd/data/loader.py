@@ -25,6 +25,7 @@ from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from ..detectors import reads_label_maps
 from ..errors import ConfigError, DataError
 from ..files import require_pickles
 from ..seeding import IMAGE, seed_generators
@@ -73,6 +74,8 @@ def build_train_loader(
         skip=start_iter * cfg.SOLVER.ACCUM_STEPS,
     )
     if isinstance(images, list):
+        if mapper is None:
+            images = without_unused(cfg, images)
         images = DatasetFromList(images, copy=False)
     return TrainLoader(
         DataLoader(
@@ -84,6 +87,26 @@ def build_train_loader(
             pin_memory=torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu",
         )
     )
+
+
+def without_unused(cfg: CfgNode, images: list[dict]) -> list[dict]:
+    """Data set dicts without what :func:`build_train_mapper` would read, or copy, for nothing.
+
+    That are label maps that the detector does not train on (on shapes a third of the loading), and
+    masks and keypoints where MODEL.MASK_ON and KEYPOINT_ON are off. A mapper of one's own gets all.
+    """
+    label_maps = reads_label_maps(cfg.MODEL.META_ARCHITECTURE)
+    switches = {"segmentation": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
+    unused = {key for key, used in switches.items() if not used}
+    lean = []
+    for image in images:
+        image = {k: v for k, v in image.items() if label_maps or k != "sem_seg_file_name"}
+        if "annotations" in image:
+            image["annotations"] = [
+                {k: v for k, v in row.items() if k not in unused} for row in image["annotations"]
+            ]
+        lean.append(image)
+    return lean
 
 
 class TrainLoader:

@@ -245,6 +245,7 @@ register_detector(
         "decoded": TapSpec("decoded", run=_run_decoder, with_images=True),
     },
     class_key="MODEL.CONDITIONAL_DETR.NUM_CLASSES",
+    label_maps=False,
 )
 
 

@@ -65,5 +65,9 @@ class FCOS(fcos.FCOS):
 # It has one square of one stride a location, whose best IoU only marks the coarsest level: masks
 # take eight strides, as ATSS and GFL do.
 register_detector(
-    "FCOS", class_key="MODEL.FCOS.NUM_CLASSES", pseudo_anchors=8.0, predictor=FCOSPredictor
+    "FCOS",
+    class_key="MODEL.FCOS.NUM_CLASSES",
+    pseudo_anchors=8.0,
+    predictor=FCOSPredictor,
+    label_maps=False,
 )

@@ -234,4 +234,5 @@ register_detector(
     taps={"dense": dense_tap("logits", "bins")},
     class_key="MODEL.GFL.NUM_CLASSES",
     predictor=GFLPredictor,
+    label_maps=False,
 )

@@ -191,4 +191,5 @@ register_detector(
     "RepPoints",
     taps={"dense": dense_tap("logits")},  # its points are read by nothing else
     class_key="MODEL.REPPOINTS.NUM_CLASSES",
+    label_maps=False,
 )

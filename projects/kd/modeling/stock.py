@@ -27,7 +27,10 @@ register_detector(
     "DenseDetector", taps={**_SHARED, "dense": dense_tap("logits", "boxes", "centreness")}
 )
 register_detector(
-    "RetinaNet", class_key="MODEL.RETINANET.NUM_CLASSES", predictor=RetinaNetPredictor
+    "RetinaNet",
+    class_key="MODEL.RETINANET.NUM_CLASSES",
+    predictor=RetinaNetPredictor,
+    label_maps=False,
 )
 # ``rpn`` gives objectness as logits, and boxes;
 # ``box`` class logits (R, K + 1) and deltas (R, K * 4) of the sampled proposals, in their order, of
@@ -48,6 +51,7 @@ register_detector(
     },
     class_key="MODEL.ROI_HEADS.NUM_CLASSES",
     predictor=RCNNPredictor,
+    label_maps=False,
 )
 register_detector("GeneralizedRCNN", predictor=CascadePredictor)
 
