@@ -92,8 +92,9 @@ def build_train_loader(
 def without_unused(cfg: CfgNode, images: list[dict]) -> list[dict]:
     """Data set dicts without what :func:`build_train_mapper` would read, or copy, for nothing.
 
-    That are label maps that the detector does not train on (with masks, a fifth of the time of loading shapes), and
-    masks and keypoints where MODEL.MASK_ON and KEYPOINT_ON are off. A mapper of one's own gets all.
+    That are label maps that the detector does not train on, and masks and keypoints where
+    MODEL.MASK_ON and KEYPOINT_ON are off: a fifth of the time of loading shapes. A mapper of one's
+    own gets all.
     """
     label_maps = reads_label_maps(cfg.MODEL.META_ARCHITECTURE)
     switches = {"segmentation": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
