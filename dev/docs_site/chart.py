@@ -47,9 +47,9 @@ def draw_lengths(data: dict, path: Path) -> None:
     """AP over the length of training: a line through the means, a dot for each seed."""
     figure, axes = plt.subplots(figsize=(8.4, 3.6), layout="constrained")
     for row in data["rows"]:
-        lengths = list(row["ap"])
+        colour = COLOURS[row["side"]]
         means = [sum(seeds) / len(seeds) for seeds in row["ap"].values()]
-        axes.plot(lengths, means, color=row["colour"], lw=2.5, marker="o", ms=7, label=row["name"])
+        axes.plot(list(row["ap"]), means, color=colour, lw=2.5, marker="o", ms=7, label=row["name"])
         for length, seeds in row["ap"].items():
             if len(seeds) > 1:
                 axes.scatter([length] * len(seeds), seeds, s=14, color="black", zorder=4)
@@ -57,14 +57,15 @@ def draw_lengths(data: dict, path: Path) -> None:
                 f"{sum(seeds) / len(seeds):.1f}", (length, max(seeds)),
                 xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9,
             )  # fmt: skip
+    lengths = sorted({length for row in data["rows"] for length in row["ap"]})
     axes.axhline(data["teacher"], color=COLOURS["teacher"], ls="--", lw=1.5)
     axes.annotate(
-        f"teacher {data['teacher']:.1f}", (data["lengths"][0], data["teacher"]),
+        f"teacher {data['teacher']:.1f}", (lengths[0], data["teacher"]),
         xytext=(0, -13), textcoords="offset points", fontsize=9, color=COLOURS["teacher"],
     )  # fmt: skip
     axes.set_xscale("log")
     axes.minorticks_off()
-    axes.set_xticks(data["lengths"], [str(length) for length in data["lengths"]])
+    axes.set_xticks(lengths, [str(length) for length in lengths])
     axes.set(ylim=(0, 90), xlabel="iterations", ylabel=data["metric"])
     axes.set_title(data["title"], fontsize=10)
     axes.grid(axis="y", alpha=0.3)

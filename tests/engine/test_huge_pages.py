@@ -54,7 +54,7 @@ sys.exit(3)
 
 
 def run(arguments, **options):
-    environment = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES",)}
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
     environment |= {"KD_HUGE_PAGES": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-W", "ignore", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
