@@ -12,7 +12,7 @@ DEMO := .venv/bin/kd-compare --suite configs/suites/demo.yaml --output output/de
 # What `make test` runs, and in how many processes: make test TESTS=tests/heads JOBS=4
 TESTS ?= tests
 JOBS ?= 2
-# as training sets them, see projects/kd/engine/huge_pages.py; elsewhere than on Linux they say nothing
+# as training sets them, see projects/start.py; elsewhere than on Linux they say nothing
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help

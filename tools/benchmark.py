@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """``kd-benchmark`` in a checkout: ``python tools/benchmark.py -h``."""
 
-from projects.kd.commands.benchmark import run
+from projects.start import benchmark
 
 if __name__ == "__main__":
-    run()
+    benchmark()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """``kd-compare`` in a checkout: ``python tools/compare.py -h``."""
 
-from projects.kd.commands.compare import run
+from projects.start import compare
 
 if __name__ == "__main__":
-    run()
+    compare()

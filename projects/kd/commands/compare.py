@@ -53,7 +53,6 @@ from ..arguments import (
     whole,
 )
 from ..data.register import register_configured
-from ..engine.huge_pages import use_huge_pages
 from ..errors import exit_on_user_error
 
 NOT_FINISHED = 3  # exit status when --minutes were over first
@@ -119,6 +118,5 @@ def run() -> None:
     """The command."""
     with exit_on_user_error():
         args = parse_arguments()
-        use_huge_pages()  # every run inherits them
         status = main(args)
     sys.exit(status)

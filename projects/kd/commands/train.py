@@ -25,7 +25,6 @@ from ..config import load_config
 from ..data.image_check import check_images
 from ..data.register import register_configured
 from ..engine.checkpoint import DistillCheckpointer, output_checkpoint
-from ..engine.huge_pages import use_huge_pages
 from ..engine.launch import argument_parser, launch_training
 from ..engine.setup import start_run
 from ..engine.trainer import DistillTrainer
@@ -139,7 +138,6 @@ def run() -> None:
     """The command: parse what was typed, and start the processes of the run."""
     with exit_on_user_error():
         args = parse_arguments()
-        use_huge_pages()
         launch_training(main, args)
 
 

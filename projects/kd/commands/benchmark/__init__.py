@@ -6,7 +6,6 @@
 All run best on an idle machine. ``kd-benchmark PART -h`` tells a part's flags.
 """
 
-from ...engine.huge_pages import use_huge_pages
 from ..parts import Parts
 
 _STEP = "step"
@@ -26,9 +25,4 @@ PARTS = Parts(
         "visdrone": ("visdrone", "the VisDrone metrics beside pycocotools"),
     },
 )
-
-
-def run() -> None:
-    """The command, with the memory that a training has."""
-    use_huge_pages()
-    PARTS.run()
+run = PARTS.run

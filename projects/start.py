@@ -1,38 +1,62 @@
-"""Huge pages for the tensors of a training on a CPU.
+"""Where ``kd-train``, ``kd-compare`` and ``kd-benchmark`` start: memory first, then torch.
 
-A step allocates and frees its tensors many times; the C library gives their memory back to the
-system, and every new page costs a fault. glibc (2.35 and newer) asks Linux for huge pages and so
-for a five-hundredth of the faults when ``GLIBC_TUNABLES`` says so, but it reads that variable only
+A step on a CPU allocates and frees its tensors many times; the C library gives their memory back to
+the system, and every new page costs a fault. glibc (2.35 and newer) asks Linux for huge pages, and
+so for a five-hundredth of the faults, when ``GLIBC_TUNABLES`` says so. It reads that variable only
 when a process starts. Hence :func:`use_huge_pages` starts the command anew, once, as the same
 process. Results are the same to the bit; docs/costs.md has the times.
+
+This module imports neither torch nor the package below it, as they would be loaded twice.
 """
 
 from __future__ import annotations
 
+import glob
+import importlib
 import os
 import platform
 import sys
 from collections.abc import Mapping
 
-import torch
-
 TUNABLE = "glibc.malloc.hugetlb"
 SWITCH = "KD_HUGE_PAGES"  # environment variable: 0 = leave the allocator as it is
 _SETTING = "/sys/kernel/mm/transparent_hugepage/enabled"
 _OLDEST_GLIBC = (2, 35)
+# One of these files is there where torch can find a GPU: NVIDIA's, on a Jetson, AMD's, under WSL.
+_DEVICES = ("/dev/nvidia*", "/dev/nvhost*", "/dev/kfd", "/dev/dxg")
+
+
+def train() -> None:
+    """``kd-train``, and ``train_net.py`` in a checkout."""
+    _command("train")
+
+
+def compare() -> None:
+    """``kd-compare``; every run of the suite inherits the huge pages."""
+    _command("compare")
+
+
+def benchmark() -> None:
+    """``kd-benchmark``, with the memory that a training has."""
+    _command("benchmark")
+
+
+def _command(name: str) -> None:
+    use_huge_pages()
+    importlib.import_module(f"projects.kd.commands.{name}").run()
 
 
 def use_huge_pages() -> None:
-    """Start this command anew with huge pages, where it trains on a CPU and they are to be had.
+    """Start this command anew with huge pages, where it runs on a CPU and they are to be had.
 
     Call it first: nothing that the process has done or opened is kept. It returns where there is
     a GPU, where the system has no such setting, where the program was read from standard input, and
     in the process that it has started.
     """
-    if torch.cuda.is_available() or sys.argv[0] in ("", "-"):  # "-": the program came from stdin
+    if sys.argv[0] in ("", "-"):  # "-": the program came from standard input
         return
     environment = with_huge_pages(os.environ, _setting(), platform.libc_ver())
-    if environment is None:
+    if environment is None or _has_gpu():
         return
     sys.stdout.flush()
     sys.stderr.flush()
@@ -65,6 +89,15 @@ def with_huge_pages(
         return None
     joined = ":".join(filter(None, [tunables, f"{TUNABLE}=1"]))
     return {**environment, "GLIBC_TUNABLES": joined}
+
+
+def _has_gpu() -> bool:
+    """Whether torch finds a GPU; torch is imported only where a device file says that it may."""
+    if not any(glob.glob(pattern) for pattern in _DEVICES):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _setting() -> str:
