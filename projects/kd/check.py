@@ -15,6 +15,7 @@ from .data.needs import check_data_sets
 from .detectors import class_key, class_names_of, configured_classes
 from .distiller import DistillMetaArch
 from .errors import ConfigError, did_you_mean
+from .evaluation.evaluators import check_best_metric
 from .evaluation.tiles import check_tiles
 from .files import require_pickles, resolve_config, resolve_weights
 from .heads.base import head_class
@@ -45,6 +46,7 @@ def check_config(cfg, training: bool = True) -> None:
         if cfg.INPUT.CROP.AFTER_RESIZE and cfg.INPUT.DETR_AUGMENTATION:
             raise ConfigError("INPUT.CROP.AFTER_RESIZE: INPUT.DETR_AUGMENTATION has its own crop")
         _check_solver(cfg)
+        check_best_metric(cfg)
         if cfg.KD.META_ARCHITECTURE:
             _check_distillation(cfg)
         elif cfg.KD.INIT_FROM_TEACHER:

@@ -21,6 +21,7 @@ from ..weights.files import modules_in
 from ..weights.loading import SafeCheckpointer
 
 _NAMES = re.compile(r"model_(\d{7}|final)\.pth")  # files that training writes
+_NUMBERED = re.compile(r"model_\d{7}\.pth")
 # entries of weight files that say nothing about the architecture
 _BOOKKEEPING = ("num_batches_tracked", "pixel_mean", "pixel_std", "cell_anchors")
 
@@ -35,6 +36,7 @@ class DistillCheckpointer(SafeCheckpointer):
         allow_missing_distill: KD.ALLOW_MISSING_DISTILL.
         use_ema: load the entry ``ema`` in place of ``model`` (evaluation).
         complete: refuse weights that leave a part of the student random (evaluation).
+        keep: SOLVER.KEEP_CHECKPOINTS, how many that training wrote on its way stay; 0 = all.
         **checkpointables: objects with ``state_dict``/``load_state_dict``; the imitation heads are
             ``distill``. Those that communicate need :meth:`save` called on all ranks.
     """
@@ -48,12 +50,15 @@ class DistillCheckpointer(SafeCheckpointer):
         allow_missing_distill: bool = False,
         use_ema: bool = False,
         complete: bool = False,
+        keep: int = 0,
         **checkpointables: Any,
     ):
         super().__init__(student, save_dir, allow_pickle=allow_pickle, **checkpointables)
         self.allow_missing_distill = allow_missing_distill
         self.use_ema = use_ema
         self.complete = complete
+        self.keep = keep
+        self.whole = False  # the weights read last left no part of the student random
         self._resuming = False
         self.last_saved = -1  # the iteration of the last checkpoint written by this process
 
@@ -76,7 +81,7 @@ class DistillCheckpointer(SafeCheckpointer):
         self.logger.info(f"Saving checkpoint to {path}")
         try:
             os.makedirs(self.save_dir, exist_ok=True)
-            for leftover in glob.glob(os.path.join(glob.escape(self.save_dir), ".*.pth.partial")):
+            for leftover in glob.glob(os.path.join(glob.escape(self.save_dir), ".model_*.partial")):
                 os.remove(leftover)  # of a run that was killed while it saved
             with replacing(path) as file:
                 torch.save(data, file)
@@ -88,6 +93,16 @@ class DistillCheckpointer(SafeCheckpointer):
                 + (f"{good} is whole, go on from it with --resume" if good else "there is none yet")
             ) from error
         self.last_saved = kwargs.get("iteration", -1)
+        self._remove_old(basename)
+
+    def _remove_old(self, last: str) -> None:
+        """Remove what KEEP_CHECKPOINTS has no place for, but never what a resume would read."""
+        paths = glob.glob(os.path.join(glob.escape(self.save_dir), "model_*.pth"))
+        paths = [p for p in paths if _NUMBERED.fullmatch(os.path.basename(p))]
+        paths.sort(key=os.path.getmtime, reverse=True)
+        for path in paths[self.keep :] if self.keep else ():
+            if os.path.basename(path) != last:
+                os.remove(path)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Point ``last_checkpoint`` to a file, atomically."""
@@ -169,7 +184,8 @@ class DistillCheckpointer(SafeCheckpointer):
         if self.use_ema:
             if "ema" not in checkpoint:
                 raise ConfigError(
-                    f"SOLVER.EMA.EVAL_ONLY: '{self._name}' holds no averaged weights (ema)"
+                    f"SOLVER.EMA.EVAL_ONLY: '{self._name}' holds no averaged weights (ema); "
+                    "False evaluates those that it holds"
                 )
             checkpoint["model"] = checkpoint["ema"]
         names = [name for name in checkpoint["model"] if not name.endswith(_BOOKKEEPING)]
@@ -209,6 +225,7 @@ class DistillCheckpointer(SafeCheckpointer):
                 f"{(unmatched + missing)[0]}"
             )
         lacking = missing + [name for name, *_ in incompatible.incorrect_shapes]
+        self.whole = not lacking
         if self.complete and lacking:
             raise ConfigError(
                 f"{self.key}: '{self._name}' lacks {len(lacking)} of the parameters and buffers of "

@@ -8,8 +8,10 @@ import warnings
 from collections.abc import Callable, Mapping
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from detectron2.utils.events import EventWriter
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from ..errors import UserError, disk_fault
@@ -171,6 +173,26 @@ class PreciseBN(hooks.PreciseBN):
         self._data_iter = None
 
 
+def repeatable_precise_bn(
+    cfg: CfgNode, student: nn.Module, build_loader: Callable
+) -> PreciseBN | None:
+    """The hook that TEST.PRECISE_BN asks for; None without, or where there is nothing to do.
+
+    Args:
+        cfg: of the run.
+        student: the plain detector.
+        build_loader: of ``(cfg, seed=...)``.
+    """
+    if not (cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(student)):
+        return None
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATALOADER.NUM_WORKERS = 0  # as detectron2 does
+    # not the trainer's seed, which a resume may still change
+    loader = build_loader(cfg, seed=max(cfg.SEED, 0))
+    return PreciseBN(cfg.TEST.EVAL_PERIOD, student, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
+
+
 def running_floats(model: nn.Module, constants: Mapping[str, float]) -> dict[str, float]:
     """Plain float attributes of a model's modules that are not constants.
 
@@ -241,3 +263,10 @@ class QuietUserErrors(logging.Filter):
         """False for a record that carries a :class:`UserError`, or a fault of the disk."""
         error = record.exc_info[1] if record.exc_info else None
         return not (isinstance(error, UserError) or disk_fault(error))
+
+
+def hide_user_errors() -> None:
+    """Put :class:`QuietUserErrors` before detectron2's log of exceptions."""
+    log = logging.getLogger("detectron2.engine.train_loop")
+    if not any(isinstance(item, QuietUserErrors) for item in log.filters):
+        log.addFilter(QuietUserErrors())

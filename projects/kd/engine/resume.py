@@ -65,6 +65,30 @@ def split_changes(changes: Mapping[str, tuple]) -> tuple[dict, dict]:
     return {k: v for k, v in changes.items() if k not in idle}, idle
 
 
+def changes_since(state: Mapping, cfg: CfgNode) -> tuple[dict, dict]:
+    """:func:`split_changes` since a checkpoint, by the trainer's state in it."""
+    if "config" in state:
+        return split_changes(changed_keys(state["config"], cfg))
+    logger.warning(
+        "--resume: the checkpoint is of an older version that kept no config: what has changed "
+        "since then takes effect without being named"
+    )
+    return {}, {}
+
+
+def tell_changes(iteration: int, used: Mapping[str, tuple], idle: Mapping[str, tuple]) -> None:
+    """Name what :func:`changes_since` gave in the log, for a run that goes on at ``iteration``."""
+    if used:
+        logger.warning(
+            f"--resume: from iteration {iteration} on other values than before: {listing(used)}"
+        )
+    if idle:
+        logger.warning(
+            "--resume: without effect, since the checkpoint's weights and seed are used: "
+            f"{listing(idle)}"
+        )
+
+
 def listing(changes: Mapping[str, tuple]) -> str:
     """``KEY old -> new``, one behind the other."""
     return "; ".join(f"{key} {_short(old)} -> {_short(new)}" for key, (old, new) in changes.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
@@ -12,9 +11,9 @@ from collections.abc import Callable
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from .. import stopping
@@ -31,22 +30,23 @@ from .hooks import (
     LossBalance,
     ModelEMA,
     PeriodicWriter,
-    PreciseBN,
-    QuietUserErrors,
+    hide_user_errors,
+    repeatable_precise_bn,
     running_floats,
     set_floats,
 )
 from .inherit import inherit
 from .loop import TrainLoop
 from .optim import MAIN, build_optimizations
+from .outcome import FINAL, FinishHook, Outcome
 from .processes import wrap_ddp
 from .resume import (
-    changed_keys,
+    changes_since,
     config_text,
     keep_old_values,
     listing,
     place_schedules,
-    split_changes,
+    tell_changes,
 )
 from .writers import build_writers
 
@@ -71,7 +71,7 @@ class DistillTrainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
-        _hide_user_errors()
+        hide_user_errors()
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -97,8 +97,10 @@ class DistillTrainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             allow_pickle=cfg.KD.ALLOW_PICKLE,
             allow_missing_distill=cfg.KD.ALLOW_MISSING_DISTILL,
+            keep=cfg.SOLVER.KEEP_CHECKPOINTS,
             **saved,
         )
+        self.outcome = Outcome(cfg, self.student, self.ema)
         self._trainer = TrainLoop(
             training_model,
             None,  # made by train(), when the place to start from is known
@@ -142,7 +144,10 @@ class DistillTrainer(DefaultTrainer):
         rest = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if "iteration" in rest:
             self.start_iter = rest["iteration"] + 1
-            if self.start_iter >= self.max_iter:
+            self.outcome.resume(self.start_iter)
+            if self.outcome.exhausted:  # TEST.PATIENCE has ended this run
+                self.max_iter = self.start_iter
+            elif self.start_iter >= self.max_iter:
                 logger.warning(
                     f"--resume: {self.start_iter} iterations are done, SOLVER.MAX_ITER is "
                     f"{self.max_iter}: nothing is left to train"
@@ -175,11 +180,12 @@ class DistillTrainer(DefaultTrainer):
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             AuxLRScheduler(auxiliary) if auxiliary else None,
-            self._precise_bn(),
+            repeatable_precise_bn(cfg, self.student, self.build_train_loader),
             EMAHook(self.ema) if self.ema is not None else None,
             # on every rank, because what a checkpoint holds is gathered from all
             hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, lambda: self.unless_stopped(self._test_and_keep)),
+            FinishHook(lambda: self.outcome.finish(self.max_iter, self.seed)),
         ]
         if comm.is_main_process():
             if cfg.KD.META_ARCHITECTURE:
@@ -187,22 +193,41 @@ class DistillTrainer(DefaultTrainer):
             result.append(PeriodicWriter(self.build_writers, period=20))
         return [hook for hook in result if hook is not None]
 
-    def _precise_bn(self):
-        cfg = self.cfg
-        if not (cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.student)):
-            return None
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.DATALOADER.NUM_WORKERS = 0  # as detectron2 does
-        # not self.seed, which a resume may still change
-        loader = self.build_train_loader(cfg, seed=max(cfg.SEED, 0))
-        return PreciseBN(cfg.TEST.EVAL_PERIOD, self.student, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
-
-    def _test_and_keep(self):
-        averaged = self.ema is not None and self.cfg.SOLVER.EMA.EVAL_ONLY
-        with self.ema.applied() if averaged else contextlib.nullcontext():
-            self._last_eval_results = self.test(self.cfg, self.student)
+    def _test_and_keep(self, iterations: int = 0):
+        """Evaluate the weights after so many iterations (0 = those that are done), once."""
+        iterations = iterations or min(self.iter + 1, self.max_iter)
+        test = functools.partial(self.test, self.cfg)
+        try:
+            self._last_eval_results = self.outcome.evaluate(test, iterations, self.seed)
+        except ConfigError:  # that it could not be known before costs no iteration
+            if self.checkpointer.last_saved != iterations - 1 and iterations < self.max_iter:
+                self.checkpointer.save(f"model_{iterations - 1:07d}", iteration=iterations - 1)
+            raise
         return self._last_eval_results
+
+    def before_train(self) -> None:
+        """Hooks, and the evaluation that was due where the interrupted run ended."""
+        super().before_train()
+        if self.outcome.lacks(self.start_iter):
+            logger.info(
+                f"--resume: the evaluation after {self.start_iter} iterations is in no best.json "
+                "and is made now"
+            )
+            self.unless_stopped(lambda: self._test_and_keep(self.start_iter))
+        if self.outcome.exhausted:
+            self._end_early(self.start_iter)
+
+    def _end_early(self, iterations: int) -> None:
+        """Write model_final.pth of these weights and end as after SOLVER.MAX_ITER."""
+        logger.info(
+            f"TEST.PATIENCE {self.cfg.TEST.PATIENCE}: training ends after {iterations} iterations, "
+            f"the best was {self.outcome.best}"
+        )
+        self.max_iter = iterations
+        self.iter = self._trainer.iter = iterations - 1
+        self.checkpointer.save(FINAL, iteration=self.iter)
+        self.iter = iterations
+        raise _Enough
 
     def unless_stopped(self, evaluate: Callable[[], dict]) -> dict:
         """The results of an evaluation; {} after a failed iteration or a signal to stop."""
@@ -235,13 +260,20 @@ class DistillTrainer(DefaultTrainer):
             write_student_config(self.cfg, self.student)
         with stopping.stop_after_step():
             try:
-                super().train()
+                self._to_the_end()
                 if self._trainer.stopping:  # in the evaluation at the end
                     self._raise_stopped()
             except Stopped as stop:
                 logger.warning(stop.line)  # the last line of the run
                 raise
         return getattr(self, "_last_eval_results", None)
+
+    def _to_the_end(self) -> None:
+        try:
+            super().train()
+        except _Enough:  # past the end of detectron2's function
+            if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+                verify_results(self.cfg, self._last_eval_results)
 
     def run_step(self) -> None:
         """One iteration of the loop."""
@@ -259,6 +291,8 @@ class DistillTrainer(DefaultTrainer):
                 self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
             self.failed = True  # no evaluation at the end
             self._raise_stopped()
+        if self.outcome.exhausted and self.iter + 1 < self.max_iter:
+            self._end_early(self.iter + 1)
 
     def after_train(self) -> None:
         """Hooks; a run with nothing left to train is where it was."""
@@ -286,13 +320,7 @@ class DistillTrainer(DefaultTrainer):
 
     def load_state_dict(self, state: dict) -> None:
         """Inverse of :meth:`state_dict`, but what the config says now is used, and named."""
-        if "config" not in state:
-            logger.warning(
-                "--resume: the checkpoint is of an older version that kept no config: what has "
-                "changed since then takes effect without being named"
-            )
-        changes = changed_keys(state["config"], self.cfg) if "config" in state else {}
-        used, idle = split_changes(changes)
+        used, idle = changes_since(state, self.cfg)
         schedulers = [item.scheduler for item in self.optimizations.values()]
         settings = [dict(vars(scheduler)) for scheduler in schedulers]
         try:
@@ -302,16 +330,7 @@ class DistillTrainer(DefaultTrainer):
                 raise
             raise ConfigError(f"{error}; changed since then: {listing(used)}") from error
         place_schedules(schedulers, settings, self.max_iter)
-        if used:
-            logger.warning(
-                f"--resume: from iteration {state['iteration'] + 1} on other values than before: "
-                f"{listing(used)}"
-            )
-        if idle:
-            logger.warning(
-                "--resume: without effect, since the checkpoint's weights and seed are used: "
-                f"{listing(idle)}"
-            )
+        tell_changes(state["iteration"] + 1, used, idle)
         if self.cfg.SEED < 0:
             self.seed = state["seed"]
         keep_old_values(self.cfg, idle)
@@ -324,7 +343,5 @@ class DistillTrainer(DefaultTrainer):
         set_floats(self._unwrapped, running[min(comm.get_rank(), len(running) - 1)])
 
 
-def _hide_user_errors() -> None:
-    log = logging.getLogger("detectron2.engine.train_loop")
-    if not any(isinstance(item, QuietUserErrors) for item in log.filters):
-        log.addFilter(QuietUserErrors())
+class _Enough(BaseException):
+    """Ends the loop without being an error, which detectron2 would log."""

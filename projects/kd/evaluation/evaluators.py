@@ -113,6 +113,56 @@ def check_evaluation(cfg: CfgNode) -> None:
         oks_sigmas(cfg, name)
 
 
+def check_best_metric(cfg: CfgNode) -> None:
+    """Refuse a TEST.BEST_METRIC that no evaluation of this config can give, and PATIENCE without.
+
+    Raises:
+        ConfigError: names the key to change.
+    """
+    metric, names = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
+    if cfg.TEST.PATIENCE and not (metric and cfg.TEST.EVAL_PERIOD):
+        raise ConfigError(
+            "TEST.PATIENCE needs TEST.BEST_METRIC and a TEST.EVAL_PERIOD above 0: it counts "
+            "evaluations without a better result"
+        )
+    if not metric:
+        return
+    if not names:
+        raise ConfigError("TEST.BEST_METRIC needs a data set in DATASETS.TEST")
+    known = {}
+    for name in names:
+        tasks = evaluated_tasks(cfg, name)
+        if tasks is None:  # of an evaluator that somebody registered
+            return
+        known |= {f"{name}/{task}" if len(names) > 1 else task: None for task in tasks}
+    task, _, last = metric.rpartition("/")
+    if task not in known or not last:
+        raise ConfigError(
+            f"TEST.BEST_METRIC is '{metric}', it must be a metric of "
+            f"{', '.join(f'{task}/...' for task in known)} (e.g. bbox/AP, sem_seg/mIoU)"
+        )
+
+
+def evaluated_tasks(cfg: CfgNode, dataset_name: str) -> list[str] | None:
+    """Tasks under which :func:`evaluate` gives metrics; None where a registered evaluator says."""
+    kind = _evaluator_kind(cfg, dataset_name)
+    if kind in _BUILDERS:
+        return None
+    tasks = []
+    if kind not in LABEL_MAPS and not _segments_only(cfg):
+        tasks += detection_tasks(cfg)
+    if kind != "coco" or MetadataCatalog.get(dataset_name).get("stuff_classes"):
+        tasks.append("sem_seg")
+    return [*tasks, "panoptic_seg"] if kind.endswith("panoptic_seg") else tasks
+
+
+def detection_tasks(cfg: CfgNode) -> list[str]:
+    """What a detector predicts of each object: boxes, and masks and keypoints as configured."""
+    tasks = ["bbox"]
+    tasks += ["segm"] if cfg.MODEL.MASK_ON else []
+    return tasks + (["keypoints"] if cfg.MODEL.KEYPOINT_ON else [])
+
+
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
     """The evaluator(s) for the data set's ``evaluator_type``.
 
@@ -201,13 +251,10 @@ def _detection_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> Detect
     metadata = MetadataCatalog.get(dataset_name)
     if metadata.get("json_file") and not os.path.exists(metadata.json_file):
         DatasetCatalog.get(dataset_name)  # built-in data are made when they are first loaded
-    tasks = ["bbox"]
-    tasks += ["segm"] if cfg.MODEL.MASK_ON else []
-    tasks += ["keypoints"] if cfg.MODEL.KEYPOINT_ON else []
     return DetectionEvaluator(
         dataset_name,
         output_dir=folder,
         max_dets_per_image=limit,
         kpt_oks_sigmas=oks_sigmas(cfg, dataset_name),
-        expected_tasks=tasks,
+        expected_tasks=detection_tasks(cfg),
     )
