@@ -97,14 +97,21 @@ def test_canvas_is_the_one_of_image_list():
 
 
 def test_common_divisibility():
-    resizable = Backbone(32, p3=8)
+    class Resizable(Backbone):
+        size_divisibility = property(lambda self: self._size_divisibility, lambda self, value: None)
+
+    resizable = Resizable(p3=8)
     resizable._size_divisibility = 32
     assert common_divisibility(resizable, 48) == 96
     assert common_divisibility(resizable, 1) == 32
     assert common_divisibility(Backbone(0, p3=8), 1) == 1
     assert common_divisibility(Backbone(32, p3=8), 16) == 32
-    with pytest.raises(ConfigError, match=r"KD\.TEACHER\.CONFIG_FILE.* 48.* 32"):
-        common_divisibility(Backbone(32, p3=8), 48)
+    assert common_divisibility(Backbone(32, p3=8), 48) == 32, "the teacher pads further"
+    deaf = Backbone(32, p3=8)
+    deaf._size_divisibility = 32  # as SimpleFeaturePyramid: nothing reads it
+    assert common_divisibility(deaf, 48) == 32 and deaf._size_divisibility == 32
+    with pytest.raises(ConfigError, match=r"KD\.TEACHER\.INPUT_SCALE.* 48.* 32"):
+        common_divisibility(Backbone(32, p3=8), 48, scale=2.0)
 
 
 def test_padding_is_raised_inside_and_restored_after(backbones):

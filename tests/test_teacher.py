@@ -12,7 +12,7 @@ from detectron2.evaluation import DatasetEvaluators, inference_on_dataset
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from torch import nn
 
-from projects.kd import ConfigError, DistillMetaArch, Teacher, build_teacher
+from projects.kd import ConfigError, DistillMetaArch, build_teacher
 
 
 @META_ARCH_REGISTRY.register()
@@ -321,13 +321,6 @@ def test_broken_lazy_configs_end_in_one_line(tmp_path, text):
     with pytest.raises(ConfigError, match=r"^KD\.TEACHER\.CONFIG_FILE: .*broken\.py") as error:
         build_teacher(kd_models.distill_cfg((str(path), "")))
     assert "\n" not in str(error.value)
-
-
-def test_square_inputs_are_refused():
-    model = kd_models.build(kd_models.tiny_cfg())
-    model.backbone._square_pad = 128
-    with pytest.raises(ConfigError, match=r"KD\.TEACHER\.CONFIG_FILE.*128"):
-        Teacher(model)
 
 
 def test_compiling_is_refused_for_taps_inside_the_backbone(files):

@@ -20,6 +20,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
 from .errors import ConfigError
+from .levels import PaddingRule
 from .taps import TapSpec, resolve_tap
 
 
@@ -31,6 +32,7 @@ class _Detector:
     pseudo_anchors: float | None = None
     predictors: list[type] = field(default_factory=list)
     label_maps: bool = True
+    padding: PaddingRule | None = None
 
 
 _DETECTORS: dict[str, _Detector] = {}
@@ -45,6 +47,7 @@ def register_detector(
     pseudo_anchors: float | None = None,
     predictor: type | None = None,
     label_maps: bool | None = None,
+    padding: PaddingRule | None = None,
 ) -> None:
     """Say what a meta-arch offers to distillation; a second call adds to the first.
 
@@ -63,6 +66,10 @@ def register_detector(
             be registered for one meta-arch; the first that ``fits`` the model is taken.
         label_maps: False = it trains without maps of classes (``sem_seg``), so that the loader
             leaves them unread. Said of this meta-arch alone, not of its subclasses.
+        padding: ``padding(model, sizes)`` gives the (height, width) that it pads a batch of images
+            with these (height, width) to, in pixels. For detectors that do not pad to the
+            ``size_divisibility`` of their backbone, as Mask2Former and many DETRs; subclasses
+            inherit it. The teacher pads further by its own rule, its maps are cut to this size.
     """
     own = _DETECTORS.setdefault(arch, _Detector())
     own.taps.update(taps)
@@ -74,6 +81,8 @@ def register_detector(
         own.predictors.append(predictor)
     if label_maps is not None:
         own.label_maps = label_maps
+    if padding is not None:
+        own.padding = padding
 
 
 def _lineage(cls: type) -> Iterator[_Detector]:
@@ -166,6 +175,11 @@ def pseudo_anchors(model: nn.Module) -> float | None:
     """The ``pseudo_anchors`` of a detector or the nearest base class, or None."""
     found = (x.pseudo_anchors for x in _lineage(type(model)))
     return next((strides for strides in found if strides is not None), None)
+
+
+def padding_of(model: nn.Module) -> PaddingRule | None:
+    """The ``padding`` of a detector or the nearest base class; None = by its backbone."""
+    return next((x.padding for x in _lineage(type(model)) if x.padding is not None), None)
 
 
 def predictors_of(cls: type) -> list[type]:

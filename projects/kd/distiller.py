@@ -15,13 +15,12 @@ from .balance import ShareController, build_balance
 from .building import build_detector
 from .context import DistillContext, ModelInfo
 from .data.classes import compare_with_teacher
-from .detectors import taps_for
+from .detectors import padding_of, taps_for
 from .errors import ConfigError, DataError
 from .heads.base import build_imitation_heads
 from .levels import (
-    canvas_size,
+    StudentPadding,
     common_divisibility,
-    padded_to,
     pair_levels,
     scaled_divisibility,
     scaled_size,
@@ -89,7 +88,7 @@ class DistillMetaArch(nn.Module):
         self._teacher_strides = {ours: theirs[x].stride for ours, x in self.level_map.items()}
         strides = {x: (self._strides[x], self._teacher_strides[x]) for x in self.level_map}
         needed = scaled_divisibility(teacher_scale, strides, teacher.size_divisibility)
-        self._divisibility = common_divisibility(student.backbone, needed)
+        self._padding = _student_padding(student, needed, teacher_scale)
         self._canvas = _CanvasProbe()
         student.backbone.register_forward_pre_hook(self._canvas)
 
@@ -142,8 +141,7 @@ class DistillMetaArch(nn.Module):
     def observe(self, batched_inputs: list[dict]) -> tuple[DistillContext, dict]:
         """Run teacher and student; returns what heads read, and the student's own losses."""
         sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
-        square = getattr(self.student.backbone, "padding_constraints", {}).get("square_size", 0)
-        canvas = canvas_size(sizes, self._divisibility, square)
+        canvas = self._padding.canvas(sizes)
         images = self.teacher_images(batched_inputs)
         # first: the teacher's activations are gone before the student's are kept, and on a GPU its
         # kernels hide behind the student's host work
@@ -151,14 +149,15 @@ class DistillMetaArch(nn.Module):
             theirs = scaled_size(canvas, self.teacher_scale)
             teacher = self.teacher.observe(images, theirs, self.image_format)
         with torch.profiler.record_function("kd/student"):
-            with self._taps.record(), padded_to(self.student.backbone, self._divisibility):
+            with self._taps.record(), self._padding.applied():
                 losses = self.student(batched_inputs)
             student = {name: self._taps[name] for name in self._taps.specs}
             self._taps.clear()
         if self._canvas.size != canvas:
             raise ConfigError(
                 f"MODEL.META_ARCHITECTURE {type(self.student).__name__} padded the batch to "
-                f"{self._canvas.size}, the teacher saw {canvas}; it must pad as detectron2 does"
+                f"{self._canvas.size}, the teacher saw {canvas}; say how it pads with "
+                "register_detector(padding=...)"
             )
         return self._context(batched_inputs, sizes, canvas, student, teacher), losses
 
@@ -248,6 +247,16 @@ def _extra_taps(heads: nn.ModuleDict, side: str) -> dict[str, TapSpec]:
             if found.setdefault(tap, spec) != spec:
                 raise ConfigError(f"KD.HEADS: {name} and another head tap different {tap}")
     return found
+
+
+def _student_padding(student: nn.Module, needed: int, scale: float) -> StudentPadding:
+    rule = padding_of(student)
+    if rule is not None and scale != 1:
+        raise ConfigError(
+            f"KD.TEACHER.INPUT_SCALE is {scale:g}: {type(student).__name__} pads by a rule of its "
+            "own, which fits no other scale than 1"
+        )
+    return StudentPadding(student, common_divisibility(student.backbone, needed, scale), rule)
 
 
 class _CanvasProbe:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
 from detectron2.layers import ShapeSpec
 from torch import nn
 
-from .errors import ConfigError
+from .errors import ConfigError, DataError
+
+# (detector, (height, width) of each image) -> (height, width) of the padded batch
+PaddingRule = Callable[[nn.Module, Sequence[tuple[int, int]]], tuple[int, int]]
 
 
 def pair_levels(
@@ -112,36 +115,112 @@ def describe(shapes: Mapping[str, ShapeSpec]) -> str:
 
 
 def canvas_size(
-    image_sizes: Sequence[tuple[int, int]], divisibility: int, square: int = 0
+    image_sizes: Sequence[tuple[int, int]], divisibility: int, square: int = 0, who: str = "student"
 ) -> tuple[int, int]:
-    """(height, width) to which detectron2's ``ImageList`` pads images of these sizes."""
+    """(height, width) to which detectron2's ``ImageList`` pads images of these sizes.
+
+    Args:
+        image_sizes: (height, width) in pixels.
+        divisibility: the sides are multiples of it; 0 and 1 say nothing.
+        square: side of the canvas of backbones that take one size only (ViTDet); 0 = any.
+        who: "student" or "teacher", for the message.
+
+    Raises:
+        DataError: an image that a square canvas would cut off, as ``ImageList`` does silently.
+    """
     height, width = (max(size[axis] for size in image_sizes) for axis in (0, 1))
     if square > 0:
+        if max(height, width) > square:
+            raise DataError(
+                f"an image has {height} x {width} pixels after augmentation, the {who}'s backbone "
+                f"pads to a square of {square} (square_pad): lower INPUT.MAX_SIZE_TRAIN (of a "
+                "LazyConfig: the augmentations of its mapper), or raise square_pad"
+            )
         height = width = square
     multiple = max(divisibility, 1)
     return (math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple)
 
 
-def common_divisibility(student: nn.Module, teacher_divisibility: int) -> int:
-    """The least multiple of both padding rules.
+def square_side(backbone: nn.Module) -> int:
+    """Side of the square that a backbone pads its batches to (ViTDet); 0 = none."""
+    return int(getattr(backbone, "padding_constraints", {}).get("square_size", 0))
+
+
+def needed_divisibility(backbone: nn.Module) -> int:
+    """What the sides of a backbone's input should be multiples of; at least 1.
+
+    detectron2's SimpleFeaturePyramid has the number and does not give it as
+    ``size_divisibility``.
+    """
+    return max(int(backbone.size_divisibility), int(getattr(backbone, "_size_divisibility", 1)), 1)
+
+
+def _takes_divisibility(backbone: nn.Module) -> bool:
+    """Whether a detector would pad to another ``_size_divisibility`` of its backbone."""
+    before = getattr(backbone, "_size_divisibility", None)
+    if before is None:
+        return False
+    other = int(before) + 1
+    backbone._size_divisibility = other
+    try:
+        return int(backbone.size_divisibility) == other
+    finally:
+        backbone._size_divisibility = before
+
+
+def common_divisibility(student: nn.Module, teacher_divisibility: int, scale: float = 1.0) -> int:
+    """The least multiple of both padding rules, as far as the student can be told to keep it.
 
     Args:
         student: its backbone.
         teacher_divisibility: what the teacher asks of the student's canvas, see
             :func:`scaled_divisibility`.
+        scale: KD.TEACHER.INPUT_SCALE. At 1 a student that cannot be told pads as it does, and the
+            teacher pads further on its own.
 
     Raises:
-        ConfigError: the student's backbone cannot be told to pad to it.
+        ConfigError: another scale, and a backbone that cannot be told to pad to it.
     """
     own = max(int(student.size_divisibility), 1)
     common = math.lcm(own, teacher_divisibility)
-    if common != own and not hasattr(student, "_size_divisibility"):
-        raise ConfigError(
-            f"KD.TEACHER.CONFIG_FILE (or INPUT_SCALE): the teacher needs multiples of "
-            f"{teacher_divisibility}, the student's {type(student).__name__} pads to {own} and "
-            "cannot be told otherwise"
-        )
-    return common
+    if common == own or _takes_divisibility(student):
+        return common
+    if scale == 1:
+        return own
+    raise ConfigError(
+        f"KD.TEACHER.INPUT_SCALE: the teacher needs multiples of {teacher_divisibility}, the "
+        f"student's {type(student).__name__} pads to {own} and cannot be told otherwise"
+    )
+
+
+class StudentPadding:
+    """The padded size of the student's batches.
+
+    Args:
+        student: the detector.
+        divisibility: what its batches are padded to multiples of in training, see
+            :func:`common_divisibility`.
+        rule: of a detector that pads in its own way (``register_detector(padding=...)``); None =
+            as detectron2's detectors do, by their backbone.
+    """
+
+    def __init__(self, student: nn.Module, divisibility: int, rule: PaddingRule | None = None):
+        self.student = student
+        self.divisibility = divisibility
+        self.rule = rule
+
+    def canvas(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """(height, width) of the padded batch of images with these (height, width)."""
+        if self.rule is not None:
+            height, width = self.rule(self.student, sizes)
+            return int(height), int(width)
+        return canvas_size(sizes, self.divisibility, square_side(self.student.backbone))
+
+    def applied(self):
+        """Inside, the student pads to that size."""
+        if self.rule is not None:
+            return contextlib.nullcontext()
+        return padded_to(self.student.backbone, self.divisibility)
 
 
 def check_input_scale(scale: float) -> None:
@@ -190,6 +269,21 @@ def scaled_divisibility(
     needed = [teacher_divisibility, *(theirs for _, theirs in strides.values())]
     multiples = [exact.denominator * m // math.gcd(exact.numerator, m) for m in needed]
     return math.lcm(*multiples, *(ours for ours, _ in strides.values()))
+
+
+def cut(maps: Mapping[str, object], strides: Mapping[str, int], canvas: tuple[int, int]) -> dict:
+    """Level to its map without the cells that start beyond the canvas.
+
+    Args:
+        maps: level to (N, C, H, W).
+        strides: level to pixels a cell.
+        canvas: (height, width) in pixels, not larger than what the maps cover.
+    """
+    height, width = canvas
+    return {
+        level: value[..., : -(-height // strides[level]), : -(-width // strides[level])]
+        for level, value in maps.items()
+    }
 
 
 @contextlib.contextmanager

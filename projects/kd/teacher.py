@@ -22,6 +22,7 @@ from .data.register import names_by_kind
 from .detectors import taps_for
 from .errors import ConfigError, UserError, did_you_mean
 from .files import published_weights, resolve_config
+from .levels import canvas_size, cut, needed_divisibility, square_side
 from .modeling.narrow_maps import guard_narrow_maps
 from .taps import FeatureTaps, TapSpec
 from .weights.files import modules_in
@@ -69,12 +70,6 @@ class Teacher:
         if channels_last:
             self.model.backbone.to(memory_format=torch.channels_last)
         self.taps: FeatureTaps | None = None
-        square = getattr(model.backbone, "padding_constraints", {}).get("square_size", 0)
-        if square > 0:
-            raise ConfigError(
-                f"KD.TEACHER.CONFIG_FILE: the teacher takes square inputs of {square} pixels only, "
-                "it cannot share the student's canvas; choose one without square padding"
-            )
 
     def __deepcopy__(self, memo):
         return self  # a copy of the student must not copy the teacher
@@ -117,7 +112,12 @@ class Teacher:
     @property
     def size_divisibility(self) -> int:
         """What the padded image sides must be multiples of."""
-        return max(int(self.model.backbone.size_divisibility), 1)
+        return needed_divisibility(self.model.backbone)
+
+    def own_canvas(self, canvas: tuple[int, int]) -> tuple[int, int]:
+        """The (height, width) that its own padding rule makes of the canvas, at least that size."""
+        backbone = self.model.backbone
+        return canvas_size([canvas], self.size_divisibility, square_side(backbone), "teacher")
 
     def preprocess(
         self, images: list[torch.Tensor], canvas: tuple[int, int], image_format: str
@@ -148,6 +148,9 @@ class Teacher:
     ) -> dict[str, Any]:
         """Run the teacher as far as the placed taps need it.
 
+        Where its own padding rule asks for more than the canvas (a square, other multiples), it
+        gets that, and its maps are cut to the canvas before its heads read them.
+
         Args:
             images, canvas, image_format: see :meth:`preprocess`.
 
@@ -155,19 +158,41 @@ class Teacher:
             Tap name to its value; ``features`` is a dict of level to (N, C, H, W).
         """
         assert not self.model.training, "the teacher left eval mode"
-        tensor = self.preprocess(images, canvas, image_format)
+        padded = self.own_canvas(canvas)
+        tensor = self.preprocess(images, padded, image_format)
         sizes = [tuple(image.shape[-2:]) for image in images]
         try:
             with self.taps.record(), self._precision(tensor.device.type):
                 features = self.model.backbone(tensor)
+                inside = {} if padded == canvas else self._cut_taps(features, canvas)
+                features = inside.get("features", features)
+                tensor = tensor[..., : canvas[0], : canvas[1]]
                 specs = [spec for spec in self.taps.specs.values() if spec.run is not None]
                 # taps of one head share the function that runs it
                 for run, with_images in dict.fromkeys((x.run, x.with_images) for x in specs):
                     extra = (ImageList(tensor, sizes),) if with_images else ()
                     run(self.model, features, *extra)
-            return {name: self.taps[name] for name in self.taps.specs}
+            return {name: inside.get(name, self.taps[name]) for name in self.taps.specs}
         finally:
             self.taps.clear()
+
+    def _cut_taps(self, features: dict, canvas: tuple[int, int]) -> dict[str, Any]:
+        """What was tapped inside the backbone, cut to the canvas."""
+        found: dict[str, Any] = {}
+        for name, path in self.taps.paths.items():
+            if path != "backbone" and not path.startswith("backbone."):
+                continue
+            module = self.model.get_submodule(path)
+            value = features if path == "backbone" else self.taps[name]
+            if not (isinstance(value, dict) and hasattr(module, "output_shape")):
+                raise ConfigError(
+                    f"KD.TEACHER.CONFIG_FILE: the teacher pads further than the student, to "
+                    f"{self.own_canvas(canvas)}, and tap '{name}' ({path}) gives no levels that "
+                    "could be cut to the student's size"
+                )
+            strides = {level: shape.stride for level, shape in module.output_shape().items()}
+            found[name] = cut(value, strides, canvas)
+        return found
 
     def _precision(self, device_type: str):
         if self.dtype == "auto":

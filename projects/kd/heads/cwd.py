@@ -25,7 +25,7 @@ def add_cwd_config(cfg) -> None:
     # "features" = backbone outputs; "dense" = classification logits of a one-stage head;
     # "sem_seg" = class logits of a segmentation head; "decoder" = what their last layer reads;
     # "masks", "keypoints" = mask logits and keypoint heatmaps of the student's foreground
-    # proposals.
+    # proposals; or a map that your own detectors register (TapSpec with channels).
     node.TARGET = "features"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from ..adapters import build_adapter
@@ -14,7 +15,8 @@ from .base import ImitationHead, adapt, build_adapters, choose_levels, head_name
 
 # "features": backbone outputs by level. "dense": classification logits of a one-stage head by
 # level, (N, A * K, H, W). "sem_seg": class logits of a segmentation head before upsampling,
-# (N, K, H, W). "decoder": the input of the layer that makes those, (N, C, H, W).
+# (N, K, H, W). "decoder": the input of the layer that makes those, (N, C, H, W). Heads that take
+# all of these take the taps of a user's own detectors as well, see :func:`_is_own_map`.
 TARGETS = ("features", "dense", "decoder", "sem_seg")
 _BY_LEVEL = ("features", "dense")
 # whose channels are predictions of what
@@ -30,8 +32,9 @@ class MapImitation(ImitationHead):
             the same classes on both sides.
 
     Args:
-        target: one of ``targets``.
-        adapters: level (or "decoder") to a module that maps student channels to teacher channels.
+        target: one of ``targets``, or a map that both detectors registered.
+        adapters: level (or "decoder", or the registered map) to a module that maps student channels
+            to teacher channels.
         dense_index: for "dense", level to the place of its logits in the student's and the
             teacher's list.
         **base: see :class:`ImitationHead`; ``levels`` is empty unless the target has levels.
@@ -68,7 +71,8 @@ class MapImitation(ImitationHead):
         name = head_name(cls).upper()
         node = cfg.KD[name]
         key, target = f"KD.{name}.TARGET", node.TARGET
-        require_one_of(key, target, cls.targets)
+        if not _is_own_map(cls, target, student, teacher):
+            require_one_of(key, target, cls.targets)
         for side, info in (("student", student), ("teacher", teacher)):
             if target not in info.taps:
                 raise ConfigError(
@@ -104,6 +108,13 @@ class MapImitation(ImitationHead):
             return
         student = ctx.student_outputs[self.target]
         teacher = ctx.teacher_outputs[self.target]
+        for side, value in (("student", student), ("teacher", teacher)):
+            if not isinstance(value, torch.Tensor) or value.dim() != 4:
+                shape = tuple(getattr(value, "shape", ())) or type(value).__name__
+                raise ConfigError(
+                    f"KD.{head_name(type(self)).upper()}.TARGET: '{self.target}' of the {side} is "
+                    f"no map (N, C, H, W) but {shape}"
+                )
         yield self._pair(ctx, None, self.target, student, teacher)
 
     def _pair(self, ctx, level, name, student, teacher):
@@ -129,6 +140,20 @@ class MapImitation(ImitationHead):
         return f"target={self.target}, {super().extra_repr()}"
 
 
+def _is_own_map(cls: type, target: str, student: ModelInfo, teacher: ModelInfo) -> bool:
+    """Whether a target is a map that the detectors of both sides registered with ``channels``.
+
+    Its value is one map (N, C, H, W) that covers the padded batch. Only heads that compare any two
+    maps take it, since what it shows is not known here.
+    """
+    if target in TARGETS or not set(TARGETS) <= set(cls.targets):
+        return False
+    return all(
+        target in info.taps and taps_for(info.model)[target].channels is not None
+        for info in (student, teacher)
+    )
+
+
 def channels_of(info: ModelInfo, target: str) -> int | None:
     """Channels of a target that is no backbone level, as the detector's tap says."""
     spec = taps_for(info.model).get(target)
@@ -151,7 +176,7 @@ def _adapters(cfg, key, target, levels, student, teacher) -> nn.ModuleDict:
         if None not in (ours, theirs):  # else it is seen in the first step
             _check_dense(key, ours, theirs)
         return nn.ModuleDict()
-    if target == "decoder":
+    if target != "sem_seg":  # "decoder", or a detector's own map
         return nn.ModuleDict({target: build_adapter(cfg.KD.ADAPTER.TYPE, ours, theirs)})
     if ours != theirs:
         raise ConfigError(
