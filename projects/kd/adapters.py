@@ -19,14 +19,14 @@ def build_adapter(
 ) -> nn.Module:
     """A module that maps (N, C_student, H, W) to (N, C_teacher, H, W).
 
-    But for "conv1x1_bn_relu" no norm and no activation follow: FPN outputs are signed, a ReLU would
-    put half of the targets out of reach. Convolutions start from torch's default initialisation.
+    Except for "conv1x1_bn_relu", no norm or activation follows: FPN outputs are signed, and a ReLU
+    would put half of the targets out of reach. Convolutions have torch's default initialisation.
 
     Args:
         kind: "none" (identity), "conv1x1", "conv3x3", "auto" (identity where the channels agree,
             else 1x1; ours), or "conv1x1_bn_relu": 1x1 without bias, BatchNorm and ReLU, for targets
-            that end in a ReLU, such as decoders of segmentation heads (as CWD's published code has
-            it; its statistics are those of each process's batch).
+            that end in a ReLU, such as decoders of segmentation heads. CWD's published code has it.
+            Its statistics are those of each process's batch.
         student_channels, teacher_channels: C on both sides.
         key: the config key that gave ``kind``, for messages.
 

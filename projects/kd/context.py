@@ -26,7 +26,7 @@ class ModelInfo:
             once levels are paired, with the teacher's own channels and strides on its side.
         taps: names of the taps that the detector offers.
         cfg: its yacs config, None for a LazyConfig teacher.
-        own_names: level to the name it has in this side's own backbone; {} = the same.
+        own_names: level to its name in this side's own backbone; {} = the same.
     """
 
     model: nn.Module
@@ -41,14 +41,14 @@ class ModelInfo:
         return type(self.model).__name__
 
     def paired_names(self, needed: Sequence[str], key: str) -> dict[str, str]:
-        """Own names of levels to the student's names of the levels that they are paired with.
+        """Translate own names of levels to the student's names of the paired levels.
 
         Args:
             needed: own names.
             key: what asks, for the message.
 
         Raises:
-            ConfigError: a level that is paired with none of the student's.
+            ConfigError: a level that is not paired with any of the student's.
         """
         names = {self.own_names.get(level, level): level for level in self.shapes}
         missing = [own for own in needed if own not in names]

@@ -1,4 +1,4 @@
-"""What distillation knows of each detector, said in one call beside its meta-arch::
+"""What distillation knows about each detector. One call beside its meta-arch says it::
 
     register_detector(
         "RetinaNet",
@@ -49,23 +49,23 @@ def register_detector(
     label_maps: bool | None = None,
     padding: PaddingRule | None = None,
 ) -> None:
-    """Say what a meta-arch offers to distillation; a second call adds to the first.
+    """Register what a meta-arch offers to distillation; a second call adds to the first.
 
     Args:
         arch: class name of the meta-arch. Subclasses inherit taps, pseudo anchors and predictors.
         taps: tap name to place. ``features`` (the backbone, giving a dict of levels) is needed for
-            every feature head; ``dense`` are per-level head outputs
+            every feature head; ``dense`` is for the outputs of the head by level
             (:func:`~projects.kd.predict.outputs.dense_tap`); other names are free.
         class_key: the config key that holds its number of classes, e.g.
             "MODEL.RETINANET.NUM_CLASSES" (checked against the data set).
         class_names: the data set's metadata that lists these classes, "thing_classes" or (classes
             of pixels) "stuff_classes".
         pseudo_anchors: side, in strides of a level, of square anchors for imitation masks; for
-            detectors without anchors, or whose own say nothing about the size of objects.
+            detectors without anchors, or whose anchors say nothing about the size of objects.
         predictor: a :class:`~projects.kd.predict.Predictor`, for heads on predictions. Several may
             be registered for one meta-arch; the first that ``fits`` the model is taken.
-        label_maps: False = it trains without maps of classes (``sem_seg``), so that the loader
-            leaves them unread. Said of this meta-arch alone, not of its subclasses.
+        label_maps: False = it trains without label maps (``sem_seg``), so the loader does not read
+            them. This holds for the meta-arch itself, not for its subclasses.
         padding: ``padding(model, sizes)`` gives the (height, width) that it pads a batch of images
             with these (height, width) to, in pixels. For detectors that do not pad to the
             ``size_divisibility`` of their backbone, as Mask2Former and many DETRs; subclasses
@@ -188,5 +188,5 @@ def predictors_of(cls: type) -> list[type]:
 
 
 def known_predictors() -> list[type]:
-    """All that are registered."""
+    """All registered predictors."""
     return [predictor for x in _DETECTORS.values() for predictor in x.predictors]

@@ -46,11 +46,11 @@ class DistillMetaArch(nn.Module):
         ramps: schedule of each head's ``loss_kd_*``.
         level_map: student level to teacher level.
         image_format: "BGR" or "RGB", the order of the loader's images.
-        log_period: heads' scalars are recorded every so many iterations.
+        log_period: iterations between two records of the heads' scalars.
         compile_teacher: compile the teacher's backbone.
-        teacher_scale: side of the teacher's images in parts of the student's; where it is not 1
-            every example has to bring ``image_teacher``.
-        balance: sets the heads' weights while training runs; None = they stay.
+        teacher_scale: side of the teacher's images relative to the student's; if it is not 1, every
+            example must have ``image_teacher``.
+        balance: sets the heads' weights during training; None = they stay.
     """
 
     @configurable

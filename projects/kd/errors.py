@@ -1,4 +1,4 @@
-"""Errors a user can mend: one line that names the config key or the file to change."""
+"""Errors that a user can fix: one line that names the config key or the file to change."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """Base of the errors that scripts print as one line instead of a traceback.
 
-    torch makes an error of a data loader's worker anew in the parent, of the same class, with the
-    worker's traceback as its message: the line is taken out of that.
+    torch raises an error of a data loader's worker again in the parent, with the same class and the
+    worker's traceback as its message. The line is extracted from that.
     """
 
     def __init__(self, message: str):
@@ -40,7 +40,7 @@ class Stopped(SystemExit):
 
     Args:
         signum: the signal.
-        what: what was saved, and how to go on.
+        what: what was saved, and how to continue.
         told: whether the line is on the console already.
     """
 

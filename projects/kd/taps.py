@@ -27,18 +27,17 @@ class TapSpec:
 
     Attributes:
         path: submodule path, or several tried in order.
-        run: ``run(model, features)`` makes the tapped module run on backbone features, for a
-            teacher of which only the backbone is executed. None: the backbone's own forward pass
-            reaches the module.
+        run: ``run(model, features)`` runs the tapped module on backbone features, as a teacher
+            executes only its backbone. None: the backbone's own forward pass reaches the module.
         select: turns the module's output into what heads receive. None: the output itself.
         take_input: keep the module's (first) input in place of its output.
-        channels: ``channels(model)`` = C of a (N, C, H, W) tap (of ``dense``: of its logits; None
-            if it is not known), for taps that are compared as maps and are no backbone levels.
-        every_call: False keeps the first output of a step, True the list of all outputs (a module
-            called for each level, stage or image). A ``ModuleList`` always gives the list of its
-            members' outputs.
-        with_images: ``run`` gets the images too, ``run(model, features, images)``, as detectron2's
-            ``ImageList``: the padded batch and the sizes before padding.
+        channels: ``channels(model)`` = C of a (N, C, H, W) tap (for ``dense``, of its logits; None
+            if unknown). For taps that are compared as maps and are not backbone levels.
+        every_call: False keeps the first output of a step, True the list of all outputs, for a
+            module that is called for each level, stage or image. A ``ModuleList`` always gives the
+            list of its members' outputs.
+        with_images: ``run`` gets the images as well: ``run(model, features, images)``, with
+            detectron2's ``ImageList`` of the padded batch and the sizes before padding.
     """
 
     path: str | tuple[str, ...]
@@ -107,7 +106,7 @@ class FeatureTaps:
         self._values.clear()
 
     def remove(self) -> None:
-        """Take the hooks off the detector."""
+        """Remove the hooks from the detector."""
         for handle in self._handles:
             handle.remove()
         self.clear()

@@ -3,25 +3,25 @@
     kd-calibrate --config-file CONFIG [--batches 20] [--target 0.5] [KEY VALUE ...]
     kd-calibrate --weights model_0000499.pth model_0001999.pth model_final.pth --config-file CONFIG
 
-Runs the student of MODEL.WEIGHTS and the teacher over batches of DATASETS.TRAIN without training,
-and takes for every loss the L2 norm of its gradient at the student's features (all paired levels
-together; for a head that reads stages of the backbone, at these). For each head: its loss at weight
-1 and at its weight in the config (schedules apart), its gradient norm in parts of the norm of all
-task losses together, and the weight that would bring that share to --target. Numbers are medians
-over the batches, in brackets the quartiles. The JSON file goes to OUTPUT_DIR/calibration.json, or
-where --output says.
+Runs the student of MODEL.WEIGHTS and the teacher over batches of DATASETS.TRAIN without training.
+For each loss it takes the L2 norm of its gradient at the student's features: all paired levels
+together, or the stages of the backbone if the head reads those. It shows for each head its loss at
+weight 1 and at its weight in the config (without schedules), its gradient norm relative to that of
+all task losses together (its share), and the weight that would bring this share to --target.
+Numbers are medians over the batches, with quartiles in brackets. The JSON file is
+OUTPUT_DIR/calibration.json, or what --output names.
 
-Early and late in training they differ, since task losses fall: a share that is right at the start
-may be too much at the end. --weights takes several checkpoints of one run, with their heads, and
-prints the share of each head at each, on the same batches.
+Shares change during training, since task losses fall: one that is right at the start may be too
+large at the end. --weights takes several checkpoints of one run, with their heads, and prints the
+share of each head at each of them, on the same batches.
 
-A head with modules of its own (adapters, decoders) is measured with random ones here, unless
---weights gives a checkpoint that holds them, and its share settles far from that: FGFI with an
-adapter had 0.003 at first and 0.6 after 500 iterations. KD.BALANCE measures while training runs.
+If a head has modules of its own (adapters, decoders), they are random here unless --weights gives a
+checkpoint that holds them. Its share settles far from the value with random modules: FGFI with an
+adapter had 0.003 at first and 0.6 after 500 iterations. KD.BALANCE measures during training.
 
-Which share is good depends on how far the student is. From scratch, 30 times the task's gradient
-helped most in the first hundreds of iterations; with half-trained students, 0.6 to 1.8 (FGFI) and
-1.2 (CWD). Take a suggested weight as a place to start looking.
+Which share is good depends on how much the student has learnt. From scratch, 30 times the task's
+gradient helped most in the first hundreds of iterations; with half-trained students it was 0.6 to
+1.8 (FGFI) and 1.2 (CWD). Take a suggested weight as a starting point.
 """
 
 from __future__ import annotations

@@ -17,16 +17,17 @@ A suite is a YAML file::
       - {name: student+CWD, config: ..., opts: [KEY, value, ...]}
       - {name: long+CWD, config: ..., baseline: long, teacher: ...}   # names of other rows
 
-Rows with role teacher are trained once, with their config's own seed; all others once a seed,
-distilled ones with KD.TEACHER.WEIGHTS pointing to the teacher (of several, the one that their
-entry ``teacher`` names, else the one whose config they name). A row may have a ``baseline`` of its
-own: a suite can hold two detectors or two lengths of training. Any row may start from the weights
-of one above it that is trained once: ``init: name``. A row with role start is trained once to be
-such a start, and not reported. Each run is a training in a process of its own, with its OUTPUT_DIR
-under ``--output``. A finished run is kept while its settings stay the same, an interrupted one is
-resumed. ``--minutes`` stops in time, with status 3, and the same command goes on later;
-``--jobs auto --bundle FILE`` uses a GPU that is there for a few minutes only, and packs what to
-bring back.
+Rows with role teacher are trained once, with their config's own seed, all others once for each
+seed. KD.TEACHER.WEIGHTS of a distilled row is the teacher's file; of several teachers it is the one
+that the row's ``teacher`` names, else the one whose config the row names. A row may have its own
+``baseline``, so a suite can hold two detectors or two lengths of training. A row may start from the
+weights of a row above it that is trained once: ``init: name``. A row with role start is trained
+once to be such a start, and is not reported.
+
+Each run is a training in its own process, with its OUTPUT_DIR under ``--output``. A finished run is
+kept while its settings stay the same, and an interrupted one is resumed. ``--minutes`` stops in
+time, with status 3, and the same command continues later. ``--jobs auto --bundle FILE`` is for a
+GPU that is there for a few minutes only; it packs what to bring back.
 """
 
 from __future__ import annotations

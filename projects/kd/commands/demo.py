@@ -7,7 +7,7 @@
 CONFIG may be the config of a distillation: no teacher and no imitation head is built. Boxes, masks,
 keypoints and panoptic segments are drawn as far as the model predicts them; detections.json beside
 the pictures holds boxes XYXY in pixels of the image, scores and classes. An image that cannot be
-used is named and passed over; the exit status is 2 then.
+used is named and skipped; the exit status is then 2.
 """
 
 from __future__ import annotations

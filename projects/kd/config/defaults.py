@@ -1,6 +1,6 @@
-"""The config keys this project adds to detectron2's, and the one function that loads a config.
+"""The config keys that this project adds to detectron2's, and the function that loads a config.
 
-Keys of an imitation head stand in the head's own file (``heads/``, :func:`register_config`).
+The keys of an imitation head are in the head's own file (``heads/``, :func:`register_config`).
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def head_node(weight: float, mask_padding: bool) -> CN:
     """
     node = CN()
     node.WEIGHT = weight
-    # Student level names to distil, e.g. ("p3", "p4"). () = KD.LEVELS, and what that is if empty.
+    # Student levels to distil, e.g. ("p3", "p4"). () = KD.LEVELS, or what an empty KD.LEVELS means.
     node.LEVELS = ()
-    # True: cells that lie in the padding of a batch take no part in the loss.
+    # True: the loss leaves out cells in the padding of a batch.
     node.MASK_PADDING = mask_padding
     # This head's own schedule; -2 = the common KD.START_ITER / WARMUP_ITERS / END_ITER.
     node.START_ITER = INHERIT
@@ -68,11 +68,11 @@ def optimizer_node(name: str, base_lr: float, clip_norm: float, scheduler: str =
             LR_SCHEDULER_NAME.
     """
     node = CN()
-    # One of those of SOLVER.OPTIMIZER.
+    # As SOLVER.OPTIMIZER.
     node.NAME = name
     node.BASE_LR = base_lr
     node.WEIGHT_DECAY = 1e-4
-    # Largest norm of all its gradients together; 0 = no clipping.
+    # Limit of the norm over all its gradients; 0 = no clipping.
     node.CLIP_NORM = clip_norm
     # "" = the student's, at the same iterations.
     node.LR_SCHEDULER_NAME = scheduler
@@ -108,13 +108,13 @@ def _add_distillation_keys(cfg: CN) -> None:
     # Data sets with label maps: [[name, image folder, label folder, [class, ...]], ...]. Labels are
     # one-byte .png with the image's name; pixel value = index of the class, 255 = none.
     kd.SEM_SEG_DATASETS = []
-    # Student levels to distil, for all heads that do not set their own. () = all common levels that
-    # the detection heads of both sides read.
+    # Student levels to distil, for all heads that do not set their own. () = all levels that both
+    # sides have and that both detection heads read.
     kd.LEVELS = ()
     # [[student level, teacher level], ...]; [] = pair levels of equal stride.
     kd.LEVEL_MAP = []
     # Schedule of all loss_kd_*: factor 0 before START_ITER, linear ramp over WARMUP_ITERS, 1, and 0
-    # again from END_ITER on (-1 = never). A factor multiplies; a head is always computed.
+    # again from END_ITER on (-1 = never). It is a factor of the loss: a head is always computed.
     kd.START_ITER = 0
     kd.WARMUP_ITERS = 0
     kd.END_ITER = -1
@@ -123,19 +123,19 @@ def _add_distillation_keys(cfg: CN) -> None:
     kd.INIT_FROM_TEACHER = ()
     kd.BALANCE = balance = CN()
     # Weights that set themselves: a head's loss_kd_* are multiplied so that the norm of their
-    # gradient at the maps it acts on is this part of all task losses' there. 0.0 = off.
+    # gradient, at the maps it acts on, is this share of that of all task losses there. 0.0 = off.
     balance.TARGET = 0.0
-    # The target at the end of training, reached along a geometric line; 0.0 = TARGET throughout.
+    # The target at the end of training; it changes geometrically until then. 0.0 = TARGET always.
     balance.END_TARGET = 0.0
-    # Iterations between two measurements; one costs two short backward passes, a step once.
+    # Iterations between two measurements. One costs two short backward passes.
     balance.PERIOD = 100
-    # Memory of the running mean of the logarithm of the share.
+    # Share of the old value in the running mean of the share's logarithm.
     balance.EMA = 0.9
     # The multiplier stays within [1 / BOUND, BOUND].
     balance.BOUND = 10.0
-    # Scalars that heads log are recorded every so many iterations.
+    # Iterations between two records of the scalars that heads log.
     kd.LOG_PERIOD = 20
-    # True: resume from a checkpoint without the state of the imitation heads (they start anew).
+    # True: resume from a checkpoint without the state of the imitation heads; they start afresh.
     kd.ALLOW_MISSING_DISTILL = False
     # True: read pickle files (.pkl, and .pth that need it). Unpickling runs code from the file;
     # the model zoo's own files are read without asking.
@@ -148,9 +148,9 @@ def _add_distillation_keys(cfg: CN) -> None:
     teacher.WEIGHTS = ""
     # Overrides of the teacher's config: ["KEY", value, "KEY", value, ...].
     teacher.OPTS = []
-    # True only for tests and timing: teacher parameters missing from the weights stay random.
+    # True: teacher parameters missing from the weights stay random. For tests and timing only.
     teacher.ALLOW_MISSING = False
-    # Side of the teacher's images in parts of the student's: 2.0 lets it see each original at twice
+    # Side of the teacher's images relative to the student's. With 2.0 it sees originals at twice
     # the student's size. Its grid must be a whole multiple of the student's, or the reverse.
     teacher.INPUT_SCALE = 1.0
     # "auto" = the precision of the training step; or "float32", "bfloat16", "float16".
@@ -181,10 +181,10 @@ def _add_solver_keys(cfg: CN) -> None:
     # or "auto": bfloat16 where the device has instructions for it, else float16 on a GPU and
     # float32 on a CPU.
     solver.AMP.DTYPE = "float16"
-    # Losses are gathered from all processes and logged every so many iterations.
+    # Iterations between two logs of the losses, which are gathered from all processes.
     solver.GATHER_METRIC_PERIOD = 20
-    # Several processes look in every step which parameters get a gradient. Done without being asked
-    # for where the first batch has parameters that get none; needed where later batches only have.
+    # True: several processes find out in each step which parameters get a gradient. This happens by
+    # itself if some get none in the first batch. Set it if that happens only in later batches.
     solver.DDP_FIND_UNUSED_PARAMETERS = False
     # SOLVER.CLIP_GRADIENTS.CLIP_TYPE takes "full_model" too: the norm over all parameters.
     # Exponential moving average of the student's weights, saved beside it.
@@ -219,8 +219,8 @@ def _add_data_keys(cfg: CN) -> None:
     cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
     # [[data set, factor], ...] for WeightedTrainingSampler and WeightedCategoryTrainingSampler.
     cfg.DATASETS.TRAIN_REPEAT_FACTOR = []
-    # The headers of all images are read before training or evaluation. After so many seconds the
-    # rest is left to when it is drawn, with a warning. 0.0 = no image is looked at before.
+    # Before training or evaluation the headers of all images are read. After so many seconds the
+    # other images are checked only when they are drawn, with a warning. 0.0 = no check before.
     cfg.DATALOADER.IMAGE_CHECK_SECONDS = 600.0
 
 
@@ -230,7 +230,7 @@ def _add_backbone_keys(cfg: CN) -> None:
     # MODEL.BACKBONE.NAME build_timm_fpn_backbone, build_retinanet_timm_fpn_backbone and (without
     # FPN, stages of MODEL.RESNETS.OUT_FEATURES) build_plain_timm_backbone.
     timm.NAME = ""
-    # timm feature indices; () = those the FPN needs, found by their strides.
+    # timm feature indices; () = those that the FPN needs, found by their strides.
     timm.OUT_INDICES = ()
     # True: timm's own download of ImageNet weights (needs a network).
     timm.PRETRAINED = False
@@ -241,16 +241,16 @@ def _add_backbone_keys(cfg: CN) -> None:
     # Freeze the stem and this many stages (0 = train all).
     timm.FREEZE_AT = 0
     timm.DROP_PATH = 0.0
-    # Of build_plain_timm_backbone: 16 or 8 dilates the last stages, for segmentation.
+    # For build_plain_timm_backbone: 16 or 8 dilates the last stages, for segmentation.
     timm.OUTPUT_STRIDE = 32
 
 
 def _add_segmentation_keys(cfg: CN) -> None:
     # detectron2's own DeepLab project: its keys, backbone and heads (importing it registers them).
     add_deeplab_config(cfg)
-    # True: INPUT.CROP is taken after resizing and before flipping, with labels in which no class
-    # covers more than INPUT.CROP.SINGLE_CATEGORY_MAX_AREA of the crop if ten tries find such a
-    # place. False: before resizing, as detectron2's default mapper.
+    # True: INPUT.CROP is taken after resizing and before flipping. Up to ten tries look for a place
+    # where no class covers more than INPUT.CROP.SINGLE_CATEGORY_MAX_AREA of the crop. False: before
+    # resizing, as in detectron2's default mapper.
     cfg.INPUT.CROP.AFTER_RESIZE = False
 
 
@@ -259,8 +259,8 @@ def load_config(
 ) -> CN:
     """Load a YAML config with this project's keys.
 
-    Imports the modules of KD.IMPORTS first (from the file or from ``opts``), so that they can
-    register what the config names and add keys of their own with :func:`register_config`.
+    The modules of KD.IMPORTS (from the file or from ``opts``) are imported first, so that they can
+    register what the config names and add their own keys with :func:`register_config`.
 
     Args:
         config_file: path, or ``model_zoo://`` name of a detectron2 config.
@@ -268,8 +268,8 @@ def load_config(
         source: where ``opts`` come from, for messages.
 
     Returns:
-        An unfrozen config. OUTPUT_DIR is by default ``output/`` and the path of the config below
-        ``configs/``. MODEL.DEVICE "cuda" becomes "cpu" on a machine without a GPU.
+        An unfrozen config. The default of OUTPUT_DIR is ``output/`` and the path of the config
+        below ``configs/``. MODEL.DEVICE "cuda" becomes "cpu" on a machine without a GPU.
 
     Raises:
         ConfigError: file missing, not a mapping, unknown key, or wrong type of a value.

@@ -25,19 +25,19 @@ Imitation heads by the acronym of their paper. ``KD.HEADS`` names them; the conf
 
 
 class ImitationHead(nn.Module):
-    """A loss that pulls the student towards the teacher, with whatever parameters it needs.
+    """A loss that pulls the student towards the teacher, with the parameters that it needs.
 
     Class attributes:
         requires: taps that both sides must offer ("features", "dense", ...).
         requires_student: further taps of the student alone.
-        extra_taps: "student" and "teacher" to taps whose place follows from the head's config, by
-            names that the detectors' registered taps do not have.
-        supports: student meta-archs it is limited to; () = every one that offers ``requires``.
-        targets: values of KD.<HEAD>.TARGET, of heads that have this key.
+        extra_taps: "student" and "teacher" to taps whose place depends on the head's config. Their
+            names must differ from those of the detectors' registered taps.
+        supports: the student meta-archs that it works with; () = all that offer ``requires``.
+        targets: values of KD.<HEAD>.TARGET, if the head has this key.
         needs_boxes: the head reads ground-truth boxes.
         predicts: the head runs the student's detection head a second time (timing counts it apart).
         compares: metadata ("thing_classes", "stuff_classes", "keypoint_names") whose predictions
-            are compared one by one, so that teacher and data set have to have the same names.
+            are compared one by one, so teacher and data set must have the same names.
 
     Args:
         levels: student levels to distil, finest first.
@@ -45,8 +45,8 @@ class ImitationHead(nn.Module):
         mask_padding: leave cells in a batch's padding out of the loss.
 
     Attributes:
-        lr_factors: name of a submodule to the factor of SOLVER.BASE_LR for its parameters, which
-            comes on top of KD.ADAPTER.LR_FACTOR.
+        lr_factors: name of a submodule to a factor of SOLVER.BASE_LR for its parameters, on top of
+            KD.ADAPTER.LR_FACTOR.
     """
 
     requires: frozenset[str] = frozenset({"features"})

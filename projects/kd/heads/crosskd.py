@@ -57,10 +57,10 @@ FROM_FAMILY = -1
 def add_crosskd_config(cfg) -> None:
     """Add KD.CROSSKD."""
     cfg.KD.CROSSKD = node = head_node(weight=1.0, mask_padding=False)
-    # k: the student's maps after so many convolutions of its towers enter the teacher's. -1 = as
-    # many remain as published (RetinaNet and GFL: 1, k 3 of 4; FCOS: 2); 0 = the levels.
+    # k: the student's maps after k convolutions of its towers enter the teacher's. -1 = as many
+    # convolutions remain as published (RetinaNet and GFL: 1, k is 3 of 4; FCOS: 2); 0 = the levels.
     node.DEPTH = FROM_FAMILY
-    # The same of the teacher's towers. -1 = as many remain as in the student's.
+    # The same for the teacher's towers. -1 = as many remain as in the student's.
     node.TEACHER_DEPTH = FROM_FAMILY
     # Statistics of the maps after their ReLU ("post") or before it ("pre").
     node.ACTIVATION = "post"

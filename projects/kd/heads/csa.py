@@ -31,11 +31,11 @@ def add_csa_config(cfg) -> None:
     node.START_ITER = PROPORTIONAL
     node.WARMUP_ITERS = PROPORTIONAL
     # The detection head through which the assistant predicts: "student" = the student's, held
-    # constant; "copy" = a copy of it that trains with the assistant; "average" = the student's
-    # moving average; "teacher" = the teacher's, held constant, on what the attention reads in the
-    # teacher's width (a teacher of the same family, classes and anchors).
+    # constant; "copy" = a copy of it that trains with the assistant; "average" = a moving average
+    # of the student's; "teacher" = the teacher's, held constant, which reads the attention's output
+    # in the teacher's width (needs a teacher of the same family, classes and anchors).
     node.HEAD = "student"
-    # What "average" keeps of itself in an iteration.
+    # Share of the old value that "average" keeps in an iteration.
     node.HEAD_DECAY = 0.999
     # First iterations in which the assistant does not train: its optimizer does not step.
     node.IDLE_ITERS = 0
@@ -48,9 +48,9 @@ def add_csa_config(cfg) -> None:
     node.RATES = []
     # Depth-wise 3x3 convolution on the values.
     node.LOCAL_ENHANCEMENT = True
-    # Add sine encodings of the cells' places to queries and keys (ours). Each query then looks at
-    # its own place first, and the assistant learns several times faster; it needs some 32 channels
-    # an attention head.
+    # Add sine encodings of the cells' positions to queries and keys (ours). Each query then attends
+    # to its own position first, and the assistant learns several times faster. It needs some 32
+    # channels an attention head.
     node.POSITIONS = False
     # The assistant's own optimizer.
     node.OPTIMIZER = optimizer_node("Adam", 3e-4, 35.0)

@@ -25,14 +25,14 @@ def add_d3etr_config(cfg) -> None:
     # Fixed matching: the teacher's queries are a second group in the student's decoder (training
     # only); output j belongs to the teacher's output j.
     node.FIXED = True
-    # Random queries, so many: drawn anew in every step and decoded by both sides, each from its own
-    # memory; output j belongs to output j. KD-DETR has 300. 0 = no such group.
+    # Number of random queries. Each step draws new ones, and both sides decode them from their own
+    # memories; output j belongs to output j. KD-DETR has 300. 0 = no such group.
     node.RANDOM = 0
     # What they are drawn from: "teacher" = with mean and deviation of the teacher's queries, number
     # by number; "normal" = N(0, 1).
     node.RANDOM_LAW = "teacher"
     # The teacher's layer that each layer of the student is compared with: "layer_map" = even steps,
-    # last with last; "last" = its last one, as in KD-DETR.
+    # the last to the last; "last" = its last one, as in KD-DETR.
     node.LAYERS = "layer_map"
     node.MATCH = match = CfgNode()
     # Class term of the cost: "soft_bce" or "focal_hard" (with CLASS_WEIGHT 2, as the detector's).

@@ -54,7 +54,7 @@ def add_fgd_config(cfg) -> None:
     node.BETA = OF_FAMILY
     node.GAMMA = OF_FAMILY
     node.LAMBDA = OF_FAMILY
-    # Of the softmax that makes the attentions; -1 = the published one of the student's detector.
+    # Temperature of the attentions' softmax; -1 = the published one of the student's detector.
     node.TEMPERATURE = OF_FAMILY
     # Of the terms of attention and context; the others do not grow with the image.
     add_area_key(node)

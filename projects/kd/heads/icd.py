@@ -54,8 +54,8 @@ def add_icd_config(cfg) -> None:
     # Weights of the distillation term: "decoder" = attention of the real instances; "uniform" and
     # "fgfi" (mask of KD.FGFI) are the published ablation.
     node.ATTENTION = "decoder"
-    # True: before the distance, values lose their mean over the tokens of the image, on both sides
-    # (ours). Most of a detector's values is the same for every token; matching that comes first.
+    # True: the mean over an image's tokens is subtracted from the values of both sides (ours). Most
+    # of a detector's values is the same for every token, and would be matched first.
     node.CENTER = False
     # Factors of the auxiliary tasks, which train the decoder: real or fake, and box sides.
     node.CONF_WEIGHT = 1.0

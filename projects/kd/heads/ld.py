@@ -34,8 +34,8 @@ def add_ld_config(cfg) -> None:
     # Temperatures of the softmax over a side's bins and over classes.
     node.TEMPERATURE = 10.0
     node.KD_TEMPERATURE = 2.0
-    # The sums over locations are multiplied by 2 / images ("images": the published size whatever
-    # the batch) or divided by the sum of their weights ("weights": bounded, for crowded images).
+    # The sums over locations are multiplied by 2 / images ("images": the published size for every
+    # batch) or divided by the sum of their weights ("weights": bounded, for crowded images).
     node.NORMALISER = "images"
     # How near an anchor is to a box: "paper" = DIoU, or "released" as the authors' code has it.
     node.DISTANCE = "paper"

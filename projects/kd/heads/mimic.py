@@ -19,7 +19,7 @@ def add_mimic_config(cfg) -> None:
     """Add KD.MIMIC."""
     cfg.KD.MIMIC = node = head_node(weight=1.0, mask_padding=True)
     # "valid" = all cells of the unpadded image; "gt_box" = cells whose centre is in a ground-truth
-    # box (padding is outside of every box).
+    # box (padding is outside every box).
     node.MASK = "valid"
 
 

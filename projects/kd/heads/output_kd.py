@@ -181,7 +181,7 @@ def add_output_kd_config(cfg) -> None:
     """Add KD.OUTPUTKD."""
     cfg.KD.OUTPUTKD = node = head_node(weight=1.0, mask_padding=True)
     add_prediction_keys(node)
-    # Target boxes are moved by so many input pixels along the diagonal, forward or back by chance:
+    # Input pixels by which target boxes are moved along the diagonal, forward or back at random:
     # the published experiment on noisy boxes (6 and 12).
     node.BOX_JITTER = 0.0
 

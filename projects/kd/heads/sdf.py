@@ -52,13 +52,13 @@ def add_sdf_config(cfg) -> None:
     # Who embeds the teacher's features, never with a gradient: "ema" = a moving average of the
     # student's module, "shared" = that module itself, "frozen" = its first, random state.
     node.TEACHER_SDF = "ema"
-    # What "ema" keeps of itself in an optimizer step; 0.995 for schedules of a few thousand.
+    # Share of the old value that "ema" keeps in a step; 0.995 for a few thousand steps.
     node.EMA_DECAY = 0.999
     # Multiplier of SOLVER.BASE_LR for the decouplers (the student's adapter: KD.ADAPTER.LR_FACTOR).
     # Decouplers that learn as fast as the student make the loss small by themselves.
     node.LR_FACTOR = 1.0
-    # True: the student's features enter detached, so that only adapter and decouplers learn. The
-    # control: a loss that falls as far as this teaches the student nothing.
+    # True: the student's features enter detached, so that only adapter and decouplers learn. This
+    # is a control: if the loss falls as far with it as without, it teaches the student nothing.
     node.DETACH = False
 
 

@@ -108,7 +108,7 @@ class AnchorMatch:
 
 
 class Predictor:
-    """How a detector predicts from a feature pyramid, and what two predictions have in common.
+    """How a detector predicts from a feature pyramid, and how two predictions are compared.
 
     One is made for each model (:func:`predictor_for`); it keeps nothing of a step.
 
@@ -224,7 +224,7 @@ class Predictor:
         return {level: x.float().amax(1, keepdim=True).sigmoid() for level, x in maps}
 
     def losses(self, predictions: Any, assigned: Any) -> dict[str, torch.Tensor]:
-        """The detector's own ground-truth losses; its running normalisers are read, not moved."""
+        """The detector's own ground-truth losses; its running normalisers are read, not updated."""
         raise NotImplementedError
 
     def pairs(
@@ -319,7 +319,7 @@ def _shallow(module: nn.Module) -> nn.Module:
 def call_constant(module: nn.Module, *inputs, constant: bool = True):
     """Run a module as a fixed function: gradients pass through it and none reaches it.
 
-    Parameters enter detached, buffers as copies, so that batch norms move no statistics.
+    Parameters enter detached, buffers as copies, so batch norms do not update their statistics.
     """
     if not constant:
         return module(*inputs)

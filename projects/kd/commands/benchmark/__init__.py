@@ -3,7 +3,7 @@
     kd-benchmark step --heads CWD --threads 1
     kd-benchmark icd --boxes 20 200 --output icd.json
 
-All run best on an idle machine. ``kd-benchmark PART -h`` tells a part's flags.
+All run best on an idle machine. ``kd-benchmark PART -h`` shows a part's flags.
 """
 
 from ..parts import Parts

@@ -3,7 +3,7 @@
     kd-convert resnet --architecture resnet18 --output pretrained/resnet18_torchvision.pth
     kd-convert voc --annotations mine/xml --images mine/photos --output mine/train.json
 
-``kd-convert PART -h`` tells a part's flags.
+``kd-convert PART -h`` shows a part's flags.
 """
 
 from ..parts import Parts

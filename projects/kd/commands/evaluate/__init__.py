@@ -3,7 +3,7 @@
     kd-evaluate teacher --config-file CONFIG
     kd-evaluate visdrone --data VisDrone2019-DET-val --results FOLDER --output metrics.json
 
-``kd-evaluate PART -h`` tells a part's flags.
+``kd-evaluate PART -h`` shows a part's flags.
 """
 
 from ..parts import Parts

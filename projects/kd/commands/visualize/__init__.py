@@ -3,7 +3,7 @@
     kd-visualize data --dataset shapes_train --output sheet.png
     kd-visualize sizes --dataset visdrone_train --output sizes.png
 
-``kd-visualize PART -h`` tells a part's flags.
+``kd-visualize PART -h`` shows a part's flags.
 """
 
 from ..parts import Parts
