@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "projects/kd"
 # each other.
 LAYERS = (
     ("errors", "seeding", "precision", "moved_configs"),
-    ("files", "adapters", "levels", "stopping", "taps"),
+    ("files", "adapters", "levels", "shared_classes", "stopping", "taps"),
     ("config", "arguments", "context", "detectors"),
     ("weights", "functional", "schedule", "balance"),
     ("predict", "data"),

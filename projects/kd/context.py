@@ -14,6 +14,7 @@ from torch import nn
 
 from .errors import ConfigError, DataError
 from .levels import scaled_size
+from .shared_classes import ALL, SharedClasses
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class ModelInfo:
         taps: names of the taps that the detector offers.
         cfg: its yacs config, None for a LazyConfig teacher.
         own_names: level to its name in this side's own backbone; {} = the same.
+        shared: of a teacher, by the metadata that names classes, which of the student's it
+            predicts; a kind that is missing is not mapped (:meth:`classes`).
     """
 
     model: nn.Module
@@ -34,6 +37,11 @@ class ModelInfo:
     taps: frozenset[str]
     cfg: Any = None
     own_names: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, SharedClasses] = field(default_factory=dict)
+
+    def classes(self, kind: str = "thing_classes") -> SharedClasses:
+        """The student's classes that this teacher predicts."""
+        return self.shared.get(kind, ALL)
 
     @property
     def arch(self) -> str:

@@ -12,6 +12,7 @@ detectron2's own detectors are in ``modeling/stock.py``.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -24,6 +25,22 @@ from .levels import PaddingRule
 from .taps import TapSpec, resolve_tap
 
 
+@dataclass(frozen=True)
+class ClassLayer:
+    """A layer whose output channels are classes: channel ``(o * K + k) * inner + i`` is of class k.
+
+    Attributes:
+        inner: numbers of a class that lie side by side, e.g. 4 of a box; a layer of so few channels
+            serves all classes alike.
+        background: the last channel is the background's.
+        kind: metadata that names the classes.
+    """
+
+    inner: int = 1
+    background: bool = False
+    kind: str = "thing_classes"
+
+
 @dataclass
 class _Detector:
     taps: dict[str, TapSpec] = field(default_factory=dict)
@@ -33,6 +50,7 @@ class _Detector:
     predictors: list[type] = field(default_factory=list)
     label_maps: bool = True
     padding: PaddingRule | None = None
+    class_layers: dict[str, ClassLayer] = field(default_factory=dict)
 
 
 _DETECTORS: dict[str, _Detector] = {}
@@ -48,6 +66,7 @@ def register_detector(
     predictor: type | None = None,
     label_maps: bool | None = None,
     padding: PaddingRule | None = None,
+    class_layers: Mapping[str, ClassLayer] = MappingProxyType({}),
 ) -> None:
     """Register what a meta-arch offers to distillation; a second call adds to the first.
 
@@ -70,6 +89,9 @@ def register_detector(
             with these (height, width) to, in pixels. For detectors that do not pad to the
             ``size_divisibility`` of their backbone, as Mask2Former and many DETRs; subclasses
             inherit it. The teacher pads further by its own rule, its maps are cut to this size.
+        class_layers: paths of the layers that predict classes (``*`` stands for anything) to what
+            their channels mean, so that KD.TEACHER.CLASS_MAP can choose among a teacher's classes.
+            A path that a model does not have is passed over. Subclasses inherit them.
     """
     own = _DETECTORS.setdefault(arch, _Detector())
     own.taps.update(taps)
@@ -83,6 +105,7 @@ def register_detector(
         own.label_maps = label_maps
     if padding is not None:
         own.padding = padding
+    own.class_layers.update(class_layers)
 
 
 def _lineage(cls: type) -> Iterator[_Detector]:
@@ -169,6 +192,19 @@ def configured_classes(cfg, arch: str | type) -> int | None:
 def class_names_of(arch: str) -> str:
     """The metadata that lists a meta-arch's classes; "thing_classes" where nothing else is said."""
     return _DETECTORS[arch].class_names if arch in _DETECTORS else "thing_classes"
+
+
+def class_layers(model: nn.Module) -> dict[str, ClassLayer]:
+    """Paths of the layers of a detector that predict classes, to what their channels mean."""
+    known: dict[str, ClassLayer] = {}
+    for registered in reversed(list(_lineage(type(model)))):
+        known.update(registered.class_layers)
+    return {
+        path: layer
+        for path, _ in model.named_modules()
+        for pattern, layer in known.items()
+        if fnmatch.fnmatchcase(path, pattern)
+    }
 
 
 def pseudo_anchors(model: nn.Module) -> float | None:

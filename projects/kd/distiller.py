@@ -101,7 +101,8 @@ class DistillMetaArch(nn.Module):
         level_map = pair_levels(cfg.KD.LEVEL_MAP, *backbones, required=False)
         student_info, teacher_info = paired_infos(cfg, student, teacher, level_map)
         heads = build_imitation_heads(cfg, student_info, teacher_info)
-        compare_with_teacher(cfg, teacher.names, {x: h.compares for x, h in heads.items()})
+        compared = {name: head.compares for name, head in heads.items()}
+        compare_with_teacher(cfg, teacher.names, compared, teacher.shared)
         return {
             "student": student,
             "teacher": teacher,
@@ -293,6 +294,7 @@ def paired_infos(cfg, student: nn.Module, teacher: Teacher, level_map: Mapping[s
         taps=frozenset(taps_for(teacher.model)),
         cfg=teacher.cfg,
         own_names=dict(level_map),
+        shared=teacher.shared,
     )
     return student_info, teacher_info
 

@@ -23,7 +23,9 @@ from .detectors import taps_for
 from .errors import ConfigError, UserError, did_you_mean
 from .files import published_weights, resolve_config
 from .levels import canvas_size, cut, needed_divisibility, square_side
+from .modeling.class_layers import map_classes
 from .modeling.narrow_maps import guard_narrow_maps
+from .shared_classes import SharedClasses
 from .taps import FeatureTaps, TapSpec
 from .weights.files import modules_in
 from .weights.loading import load_weights
@@ -44,6 +46,8 @@ class Teacher:
         cfg: its yacs config, None for a LazyConfig.
         names: what it was trained to find, see
             :func:`~projects.kd.data.register.names_by_kind`; a kind that is missing is not known.
+        shared: by kind, which of the student's classes it predicts (KD.TEACHER.CLASS_MAP); a kind
+            that is missing is not mapped.
         source: config and weights, for ``repr``.
         dtype: "auto" (the step's precision), "float32", "bfloat16" or "float16".
         channels_last: run its convolutions in channels-last memory format.
@@ -56,6 +60,7 @@ class Teacher:
         input_format: str = "BGR",
         cfg=None,
         names: Mapping[str, Sequence[str]] | None = None,
+        shared: Mapping[str, SharedClasses] | None = None,
         source: str = "",
         dtype: str = "auto",
         channels_last: bool = False,
@@ -64,6 +69,7 @@ class Teacher:
         self.input_format = input_format
         self.cfg = cfg
         self.names = dict(names or {})
+        self.shared = dict(shared or {})
         self.source = source
         self.dtype = dtype
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
@@ -228,11 +234,14 @@ def build_teacher(cfg) -> Teacher:
     elif not node.ALLOW_MISSING:
         raise ConfigError("KD.TEACHER.WEIGHTS is empty and the teacher's config names no weights")
     _check_formats(cfg.INPUT.FORMAT, input_format)
+    names = _names(cfg, teacher_cfg, datasets)
+    class_map = map_classes(cfg, model, names)
     teacher = Teacher(
         model,
         input_format=input_format,
         cfg=teacher_cfg,
-        names=_names(cfg, teacher_cfg, datasets),
+        names={**names, **class_map.names},
+        shared=class_map.shared,
         source=f"config {node.CONFIG_FILE}, weights {weights or 'random'}",
         dtype=node.DTYPE,
         channels_last=node.CHANNELS_LAST,

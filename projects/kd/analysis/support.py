@@ -31,7 +31,7 @@ def verdicts(student_cfg, teacher_cfg) -> dict[str, dict[str, str]]:
     """
     sides = [_outline(cfg) for cfg in (student_cfg, teacher_cfg)]
     (student, cfg), (model, theirs) = sides
-    teacher = SimpleNamespace(model=model, cfg=theirs)
+    teacher = SimpleNamespace(model=model, cfg=theirs, shared={})
     level_map = pair_levels(cfg.KD.LEVEL_MAP, student.backbone, model.backbone)
     infos = paired_infos(cfg, student, teacher, level_map)
     found: dict[str, dict[str, str]] = {}

@@ -19,6 +19,7 @@ from .yaml_files import check_yaml
 
 # files that are being read: each is the base of the one before it
 _CHAIN: ContextVar[tuple[str, ...]] = ContextVar("chain", default=())
+BY_NAME = "by_name"
 NULLABLE = "SOLVER.WEIGHT_DECAY_BIAS"  # the one key of detectron2 whose None means something
 
 
@@ -111,6 +112,13 @@ def check_keys(raw: CN, cfg: CN, path: str, prefix: str = "") -> None:
             if not isinstance(value, CN):
                 raise ConfigError(f"{path}: {full} is {value!r}, but it is a group of keys")
             check_keys(value, cfg, path, f"{full}.")
+
+
+def written_out(value):
+    """ "by_name" is short for ["by_name"], in keys that hold a list (KD.TEACHER.CLASS_MAP)."""
+    if isinstance(value, dict):
+        return type(value)({k: written_out(x) if k != "OPTS" else x for k, x in value.items()})
+    return [BY_NAME] if value == BY_NAME else value
 
 
 def check_override(key, value, cfg: CN, source: str) -> None:

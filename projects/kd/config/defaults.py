@@ -18,7 +18,7 @@ from detectron2.utils.logger import log_first_n
 
 from ..errors import ConfigError
 from ..files import resolve_config
-from .config_files import check_keys, check_override, read_yaml
+from .config_files import check_keys, check_override, read_yaml, written_out
 from .config_paths import default_output
 
 # what KD.TEACHER.DTYPE names
@@ -148,6 +148,10 @@ def _add_distillation_keys(cfg: CN) -> None:
     teacher.WEIGHTS = ""
     # Overrides of the teacher's config: ["KEY", value, "KEY", value, ...].
     teacher.OPTS = []
+    # Which of its classes are the student's, for heads on class outputs: ["by_name"] (or just
+    # "by_name"), or pairs [[student class, teacher class], ...] of names or numbers. Classes that
+    # the other side lacks are left out. [] = both sides have the same, in the same order.
+    teacher.CLASS_MAP = []
     # True: teacher parameters missing from the weights stay random. For tests and timing only.
     teacher.ALLOW_MISSING = False
     # Side of the teacher's images relative to the student's. With 2.0 it sees originals at twice
@@ -295,6 +299,7 @@ def merge_config(cfg: CN, raw: CN, path: str) -> None:
     """Merge what :func:`read_yaml` gave; ConfigError names the file and the key."""
     if raw.get("VERSION", cfg.VERSION) != cfg.VERSION:
         raise ConfigError(f"{path}: VERSION {raw.VERSION} is not {cfg.VERSION}, rewrite its keys")
+    raw = written_out(raw)
     check_keys(raw, cfg, path)
     try:
         cfg.merge_from_other_cfg(raw)
@@ -306,6 +311,7 @@ def merge_overrides(cfg: CN, opts: Sequence, source: str = "command line overrid
     """Merge ``["KEY", value, ...]``; ConfigError names the source and the key."""
     opts = list(opts)
     for key, value in zip(opts[::2], opts[1::2], strict=True):
+        value = written_out(value)
         check_override(key, value, cfg, source)
         try:
             cfg.merge_from_list([key, value])

@@ -67,6 +67,7 @@ _STRIDE = one_of(8, 16, 32)
 _SCALES = listed(POSITIVE, 4, 5)
 _THRESHOLDS = listed(FRACTION, 1, rising=True)
 _LABELS = listed(one_of(-1, 0, 1), 2)
+_CLASS = Rule(lambda x: NAME.test(x) or whole().test(x), "the name or the number of a class")
 
 # Last names of keys that mean the same wherever they stand below MODEL.
 _OF_MODELS = {
@@ -306,6 +307,7 @@ _REST: dict[str, Rule] = {
     "KD.BALANCE.BOUND": number(1),
     "KD.TEACHER.INPUT_SCALE": POSITIVE,
     "KD.TEACHER.DTYPE": one_of("auto", *DTYPES),
+    "KD.TEACHER.CLASS_MAP": either(listed(entry(_CLASS, _CLASS)), ["by_name"], words="by_name"),
     "KD.ADAPTER.TYPE": one_of(*ADAPTER_TYPES),
     "KD.ADAPTER.LR_FACTOR": number(0),
     "KD.SDF.WEIGHT": either(WEIGHT, -1.0, words="-1.0 for the preset's"),

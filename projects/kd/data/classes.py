@@ -36,7 +36,7 @@ def check_class_names(cfg: CfgNode, training: bool) -> None:
     others = [("DATASETS.TRAIN", name) for name in cfg.DATASETS.TRAIN[1:]] if training else []
     others += [("DATASETS.TEST", name) for name in cfg.DATASETS.TEST]
     for key, name in others:
-        for kind in _kinds_of(cfg):
+        for kind in kinds_of(cfg):
             ours, theirs = (list(MetadataCatalog.get(x).get(kind, ())) for x in (first, name))
             if not ours or not theirs or ours == theirs:
                 continue
@@ -66,7 +66,7 @@ def check_taught_names(cfg: CfgNode, taught: Mapping[str, Sequence[str]]) -> Non
         ConfigError: the same names in another order. Other names are a warning.
     """
     for name in cfg.DATASETS.TEST:
-        for kind in _kinds_of(cfg):
+        for kind in kinds_of(cfg):
             theirs, own = list(MetadataCatalog.get(name).get(kind, ())), list(taught.get(kind, ()))
             if not theirs or not own or theirs == own:
                 continue
@@ -82,14 +82,18 @@ def check_taught_names(cfg: CfgNode, taught: Mapping[str, Sequence[str]]) -> Non
 def difference(one: str, names: Sequence[str], other: str, others: Sequence[str]) -> str:
     """What two lists of names do not share, or their two orders, in one line."""
     if sorted(names) == sorted(others):
-        return f"the order differs, '{one}' has {_list(names)}, '{other}' has {_list(others)}"
+        orders = f"'{one}' has {short_list(names)}, '{other}' has {short_list(others)}"
+        return f"the order differs, {orders}"
     only = [name for name in names if name not in others]
     only_other = [name for name in others if name not in names]
-    return f"only '{one}' has {_list(only)}, only '{other}' has {_list(only_other)}"
+    return f"only '{one}' has {short_list(only)}, only '{other}' has {short_list(only_other)}"
 
 
 def compare_with_teacher(
-    cfg: CfgNode, theirs: Mapping[str, Sequence[str]], heads: Mapping[str, Iterable[str]]
+    cfg: CfgNode,
+    theirs: Mapping[str, Sequence[str]],
+    heads: Mapping[str, Iterable[str]],
+    mapped: Iterable[str] = (),
 ) -> None:
     """Warn where the teacher's classes are not the data set's; refuse heads that compare them.
 
@@ -97,23 +101,24 @@ def compare_with_teacher(
         cfg: of the student, with KD.DATASETS registered.
         theirs: by kind (KINDS) the names that the teacher learnt; one that is missing is not known.
         heads: name of a head to the kinds whose predictions it compares one by one.
+        mapped: kinds that KD.TEACHER.CLASS_MAP has matched.
 
     Raises:
         ConfigError: a head, and what differs.
     """
     data = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else {}
-    predicted = _kinds_of(cfg)
+    predicted = kinds_of(cfg)
     for kind, what in KINDS.items():
         comparing = [name for name, kinds in heads.items() if kind in kinds]
         known, taught = list(data.get(kind, ())), list(theirs.get(kind, ()))
-        if not comparing and kind not in predicted:
+        if kind in mapped or (not comparing and kind not in predicted):
             continue
         if not known or not taught:
             if comparing and known:
                 logger.warning(
                     f"{', '.join(comparing)}: the {what} of the teacher are not known (its "
                     "DATASETS.TRAIN is empty, or not to be found here): they have to be those of "
-                    f"the data set, in this order: {_list(known)}"
+                    f"the data set, in this order: {short_list(known)}"
                 )
             continue
         if known == taught:
@@ -122,8 +127,8 @@ def compare_with_teacher(
         if comparing:
             raise ConfigError(
                 f"KD.HEADS: {', '.join(comparing)} compares {what} one by one, and the teacher "
-                f"learnt others than the student's data set has: {line}; use heads on features, "
-                "data with the same names in the same order, or, if the numbers mean the same, "
+                f"learnt others than the student's data set has: {line}; match them by "
+                "KD.TEACHER.CLASS_MAP, use heads on features, or, if the numbers mean the same, "
                 "KD.TEACHER.OPTS with DATASETS.TRAIN () for the teacher"
             )
         copied = ""
@@ -135,7 +140,7 @@ def compare_with_teacher(
         )
 
 
-def _kinds_of(cfg: CfgNode) -> list[str]:
+def kinds_of(cfg: CfgNode) -> list[str]:
     """The kinds that a detector predicts."""
     arch = cfg.MODEL.META_ARCHITECTURE
     kinds = {class_names_of(arch)}
@@ -146,6 +151,7 @@ def _kinds_of(cfg: CfgNode) -> list[str]:
     return [kind for kind in KINDS if kind in kinds]
 
 
-def _list(names: Sequence[str], most: int = 8) -> str:
+def short_list(names: Sequence[str], most: int = 8) -> str:
+    """The first of them for a message, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "none") + more

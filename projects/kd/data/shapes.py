@@ -1,12 +1,16 @@
 """The built-in data sets ``shapes_train``, ``shapes_few``, ``shapes_dev`` and ``shapes_val``.
 
 They are made on first use, without a download. ``shapes_few`` holds the first 300 pictures of
-``shapes_train``. Recipes are tuned on ``shapes_dev``, results are reported on ``shapes_val``. They
+``shapes_train``. ``shapes_three_train`` and ``shapes_three_val`` are the pictures of ``train`` and
+``val`` with the objects of three classes annotated, in another order (THREE), and without label
+maps, for students of teachers that know more classes. Recipes are tuned on ``shapes_dev``, results are reported on ``shapes_val``. They
 lie in ``$DETECTRON2_DATASETS/shapes/v<VERSION>/{train,few,dev,val}`` (default: ``./datasets``)::
 
     images/000000.jpg ...      256x256, 256x320 or 320x256 pixels
     semantic/000000.png ...    one byte a pixel: 0 = background, 1 + class index
     instances.json             COCO format: boxes, polygons, four keypoints an object
+
+and ``$DETECTRON2_DATASETS/shapes/v<VERSION>/three_{train,val}/instances.json``.
 
 What is drawn, and which objects are annotated, is said in :mod:`.scene`. Each picture has its own
 seed, so the content does not depend on the machine, the order, or the number of threads.
@@ -14,12 +18,14 @@ seed, so the content does not depend on the machine, the order, or the number of
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -29,10 +35,12 @@ from iopath.common.file_io import file_lock
 from tqdm import tqdm
 
 from ..errors import DataError
+from ..files import write_atomically
 from .scene import CLASSES, KEYPOINTS, make_scene
 
 VERSION = 1  # count up with every change of what scene.py or paint.py draw
 SPLITS = {"train": 1500, "few": 300, "val": 200, "dev": 200}  # number of images
+THREE = ("mushroom", "drop", "arrow")
 KEYPOINT_FLIP_MAP = [("left", "right")]
 
 _LIMBS = [("top", "left"), ("top", "right"), ("left", "bottom"), ("right", "bottom")]
@@ -50,22 +58,33 @@ def register_shapes() -> None:
             continue
         folder = split_folder(split)
         DatasetCatalog.register(name, lambda n=name, s=split, f=folder: _load(n, s, f))
+        _describe(name, folder, folder, CLASSES)
         MetadataCatalog.get(name).set(
-            evaluator_type="coco",
-            made_on_first_use=True,
-            json_file=os.path.join(folder, "instances.json"),
-            image_root=os.path.join(folder, "images"),
-            thing_classes=list(CLASSES),
-            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},
-            keypoint_names=list(KEYPOINTS),
-            keypoint_flip_map=list(KEYPOINT_FLIP_MAP),
-            keypoint_connection_rules=[
-                (*limb, colour) for limb, colour in zip(_LIMBS, _LIMB_COLOURS, strict=True)
-            ],
             sem_seg_root=os.path.join(folder, "semantic"),
             stuff_classes=["background", *CLASSES],
             ignore_label=255,
         )
+    for split in ("train", "val"):
+        name = f"shapes_three_{split}"
+        if name not in DatasetCatalog.list():
+            DatasetCatalog.register(name, lambda n=name, s=split: _load_three(n, s))
+            _describe(name, split_folder(f"three_{split}"), split_folder(split), THREE)
+
+
+def _describe(name: str, folder: str, pictures: str, classes: Sequence[str]) -> None:
+    MetadataCatalog.get(name).set(
+        evaluator_type="coco",
+        made_on_first_use=True,
+        json_file=os.path.join(folder, "instances.json"),
+        image_root=os.path.join(pictures, "images"),
+        thing_classes=list(classes),
+        thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(classes))},
+        keypoint_names=list(KEYPOINTS),
+        keypoint_flip_map=list(KEYPOINT_FLIP_MAP),
+        keypoint_connection_rules=[
+            (*limb, colour) for limb, colour in zip(_LIMBS, _LIMB_COLOURS, strict=True)
+        ],
+    )
 
 
 def split_folder(split: str) -> str:
@@ -85,6 +104,50 @@ def _load(name: str, split: str, folder: str) -> list[dict]:
     return dicts
 
 
+def _load_three(name: str, split: str) -> list[dict]:
+    """Those of a split, with the annotations of THREE; writes their file if it is missing."""
+    pictures = split_folder(split)
+    generate(split, pictures)
+    json_file = MetadataCatalog.get(name).json_file
+    if not os.path.isfile(json_file):
+        with open(os.path.join(pictures, "instances.json")) as stream:
+            content = only(json.load(stream), THREE)
+        folder = os.path.dirname(json_file)
+        with _unwritable(folder):
+            os.makedirs(folder, exist_ok=True)
+            with file_lock(folder):  # of several processes one after another
+                write_atomically(json_file, json.dumps(content))
+    return load_coco_json(json_file, os.path.join(pictures, "images"), name)
+
+
+def only(content: dict, classes: Sequence[str]) -> dict:
+    """COCO content with all images and the annotations of some classes, renumbered in that order.
+
+    Args:
+        content: images, annotations and categories.
+        classes: names of categories; the first gets the id 1.
+    """
+    by_name = {category["name"]: category for category in content["categories"]}
+    ids = {by_name[name]["id"]: place for place, name in enumerate(classes, start=1)}
+    annotations = [
+        {**x, "category_id": ids[x["category_id"]]}
+        for x in content["annotations"]
+        if x["category_id"] in ids
+    ]
+    categories = [{**by_name[x], "id": place} for place, x in enumerate(classes, start=1)]
+    return {**content, "annotations": annotations, "categories": categories}
+
+
+@contextlib.contextmanager
+def _unwritable(place: str):
+    """OSError becomes a DataError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        shown = f"{place}: the built-in data cannot be written here ({error.strerror or error})"
+        raise DataError(f"{shown}; set DETECTRON2_DATASETS to a writable folder") from error
+
+
 def generate(split: str, folder: str, count: int | None = None) -> None:
     """Make a split unless its folder exists.
 
@@ -102,7 +165,7 @@ def generate(split: str, folder: str, count: int | None = None) -> None:
     if os.path.isdir(folder):
         return
     parent, base = os.path.split(folder)
-    try:
+    with _unwritable(folder):
         os.makedirs(parent, exist_ok=True)
         with file_lock(folder):
             if os.path.isdir(folder):
@@ -114,9 +177,6 @@ def generate(split: str, folder: str, count: int | None = None) -> None:
                 unfinished = os.path.join(scratch, base)
                 _write_split(split, unfinished, SPLITS[split] if count is None else count)
                 os.replace(unfinished, folder)
-    except OSError as error:
-        shown = f"{folder}: the built-in data cannot be written here ({error.strerror or error})"
-        raise DataError(f"{shown}; set DETECTRON2_DATASETS to a writable folder") from error
 
 
 def _write_split(split: str, folder: str, count: int) -> None:

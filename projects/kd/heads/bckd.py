@@ -57,7 +57,7 @@ class BCKD(DenseImitation):
     def forward(self, ctx: DistillContext):
         """``loss_kd_bckd_cls`` and ``loss_kd_bckd_box``."""
         predictor, _ = self.predictors(ctx)
-        assigned = predictor.assign(ctx)
+        assigned = self.assign(ctx, predictor)
         student, masks = predictor.student(ctx), cell_masks(self, ctx)
         pairs = self.compared(ctx, predictor, student, assigned, masks=masks)
         positives = mean_over_ranks(predictor.positives(assigned, masks))

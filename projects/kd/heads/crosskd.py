@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -171,7 +172,7 @@ class CrossKD(DenseImitation):
     def forward(self, ctx: DistillContext):
         """``loss_kd_crosskd_cls`` and ``loss_kd_crosskd_box``."""
         ours, theirs = self.predictors(ctx)
-        assigned, masks = ours.assign(ctx), cell_masks(self, ctx)
+        assigned, masks = self.assign(ctx, ours), cell_masks(self, ctx)
         crossed = self.cross(ctx, ours, theirs, masks)
         bins = crossed.bins is not None
         pairs = self.compared(ctx, ours, crossed, assigned, masks=masks, decoded=not bins)
@@ -213,7 +214,10 @@ class CrossKD(DenseImitation):
             ctx.put_scalar("kd/crosskd_gain", torch.stack(gains).amax())
         like = next(iter(ctx.student_features.values()))
         with step_precision(like):
-            return theirs.resume(towers, self.teacher_depth, places=places)
+            outputs = theirs.resume(towers, self.teacher_depth, places=places)
+        # what is compared chooses the shared classes among the student's
+        logits = [x if x is None else self.shared.of_all_anchors(x) for x in outputs.logits]
+        return dataclasses.replace(outputs, logits=logits)
 
     def maps(self, ctx: DistillContext, place: int, level: str, tap: str):
         """The student's map of a level and a branch, and the teacher's."""

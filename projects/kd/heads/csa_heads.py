@@ -124,6 +124,11 @@ def check_teacher_head(cfg, student: ModelInfo, teacher: ModelInfo) -> None:
     """
     key, scale = "KD.CSA.HEAD 'teacher'", cfg.KD.TEACHER.INPUT_SCALE
     ours, theirs, match = comparable(cfg, student, teacher, "CSA", key)
+    if teacher.classes().known is not None:
+        raise ConfigError(
+            f"{key}: the assistant learns all of the student's classes through the teacher's head, "
+            "which does not know all of them (KD.TEACHER.CLASS_MAP); choose another"
+        )
     ours.check_exchange(theirs, key)
     paired = teacher.paired_names(theirs.levels, key)
     same = tuple(paired.values()) == ours.levels and all(

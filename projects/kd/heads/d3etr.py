@@ -14,6 +14,7 @@ from ..functional.decoded import Attention, Decoded
 from ..functional.kd_detr import random_queries
 from ..functional.set_prediction import assign
 from ..functional.set_targets import Targets, to_matches
+from ..shared_classes import ALL, SharedClasses
 from .base import IMITATION_HEAD_REGISTRY, ImitationHead
 from .d3etr_keys import PRED_FORMS, check_node
 
@@ -62,6 +63,8 @@ class D3ETR(ImitationHead):
         parts: ``class_weight``, ``l1_weight``, ``giou_weight`` and ``query_weight`` of "pred".
         aux_weight: factor of the second group's detection loss.
         assign_layers: "last" or "all", where the teacher's assignment replaces the group's own.
+        shared: classes that the teacher predicts. The student's others are left out of what is
+            compared; where the teacher assigns objects of those, it does so by their boxes.
         **base: see :class:`ImitationHead`.
     """
 
@@ -84,9 +87,11 @@ class D3ETR(ImitationHead):
         parts: dict,
         aux_weight: float = 1.0,
         assign_layers: str = "last",
+        shared: SharedClasses = ALL,
         **base,
     ):
         super().__init__(**base)
+        self.shared = shared
         self.adapter_queries = adapter_queries if fixed or random else None
         self.adaptive = adaptive
         self.fixed = fixed
@@ -134,6 +139,7 @@ class D3ETR(ImitationHead):
             },
             aux_weight=node.AUX_DET_WEIGHT,
             assign_layers=node.AUX_ASSIGN_LAYERS,
+            shared=teacher.classes(),
         )
         return kwargs
 
@@ -207,7 +213,9 @@ class D3ETR(ImitationHead):
             own = 0 if self.assign_layers == "all" else len(layers) - 1
             costs += criterion.costs(second.logits[:own], second.boxes[:own], targets)
             theirs = layers[own:]
-            costs += criterion.costs(teacher.logits[theirs], teacher.boxes[theirs], targets)
+            # a class that it does not know costs the same for all queries
+            logits = self.shared.widened(teacher.logits[theirs], -1)
+            costs += criterion.costs(logits, teacher.boxes[theirs], targets)
         solved = assign(costs, "KD.D3ETR")
         pairs = self._adaptive_pairs(solved[:first], chosen) if self.adaptive else None
         if targets is None:
@@ -226,7 +234,7 @@ class D3ETR(ImitationHead):
         """Cost matrices of layers and images, and the (L, N, K) queries of the teacher in them."""
         chosen = top_queries(teacher.logits[layers].float(), self.top_k)
         cost = matching_cost(
-            student.logits.detach(),
+            self.shared.logits(student.logits.detach(), -1),
             student.boxes.detach(),
             _take(teacher.logits[layers], chosen),
             _take(teacher.boxes[layers], chosen),
@@ -271,7 +279,7 @@ class D3ETR(ImitationHead):
 
     def _prediction(self, group, teacher, layers, pairs: Pairs) -> torch.Tensor:
         return self.prediction_loss(
-            _take(group.logits, pairs.student),
+            _take(self.shared.logits(group.logits, -1), pairs.student),
             _take(group.boxes, pairs.student),
             _take(teacher.logits[layers], pairs.teacher),
             _take(teacher.boxes[layers], pairs.teacher),

@@ -98,8 +98,8 @@ def check_node(cfg, student: ModelInfo, teacher: ModelInfo) -> None:
             "padding; leave the key as it is"
         )
     ours, theirs = student.model.num_classes, teacher.model.num_classes
-    if ours != theirs:
+    if teacher.classes().number(ours) != theirs:
         raise ConfigError(
             f"KD.TEACHER.CONFIG_FILE: D3ETR compares class by class, the teacher has {theirs} "
-            f"classes and the student {ours}"
+            f"classes and the student {ours}; match them by KD.TEACHER.CLASS_MAP"
         )

@@ -7,6 +7,7 @@ import torch
 from ..context import DistillContext, ModelInfo
 from ..errors import ConfigError
 from ..predict import AnchorMatch, DensePair, Predictor, predictor_for
+from ..shared_classes import ALL, SharedClasses
 from .base import ImitationHead, head_name
 from .output_kd import comparable, matched_levels
 
@@ -18,6 +19,8 @@ class DenseImitation(ImitationHead):
 
     Args:
         match: level to where the teacher predicts for the student's anchors.
+        shared: classes that the teacher predicts; anchors that ground truth assigns to another are
+            ignored, and are no positives.
         **base: see :class:`ImitationHead`; ``levels`` are among those of ``match``.
     """
 
@@ -26,9 +29,10 @@ class DenseImitation(ImitationHead):
     needs_boxes = True
     compares = ("thing_classes",)
 
-    def __init__(self, *, match: dict[str, AnchorMatch], **base):
+    def __init__(self, *, match: dict[str, AnchorMatch], shared: SharedClasses = ALL, **base):
         super().__init__(**base)
         self.match = match
+        self.shared = shared
 
     @classmethod
     def from_config(cls, cfg, student: ModelInfo, teacher: ModelInfo) -> dict:
@@ -43,11 +47,15 @@ class DenseImitation(ImitationHead):
         *_, match = comparable(cfg, student, teacher, name, key)
         kwargs = super().from_config(cfg, student, teacher)
         levels = matched_levels(cfg, key, kwargs["levels"], match)
-        return {**kwargs, "match": match, "levels": levels}
+        return {**kwargs, "match": match, "levels": levels, "shared": teacher.classes()}
 
     def predictors(self, ctx: DistillContext) -> tuple[Predictor, Predictor]:
         """Of the student and of the teacher."""
         return predictor_for(ctx.student), predictor_for(ctx.teacher.model)
+
+    def assign(self, ctx: DistillContext, predictor: Predictor):
+        """What ground truth says about the anchors, as far as the teacher knows the classes."""
+        return predictor.known(predictor.assign(ctx), self.shared)
 
     def compared(
         self, ctx: DistillContext, predictor: Predictor, student, assigned, **options
@@ -58,11 +66,11 @@ class DenseImitation(ImitationHead):
             ctx: of the step.
             predictor: the student's.
             student: :class:`DenseOutputs` that take the student's place.
-            assigned: what ``predictor.assign`` gave.
+            assigned: what :meth:`assign` gave.
             **options: of its ``pairs``: ``masks`` and others.
         """
         target = ctx.teacher_outputs["dense"].float()
-        options = {"levels": self.levels, "match": self.match, **options}
+        options = {"levels": self.levels, "match": self.match, "shared": self.shared, **options}
         return predictor.pairs(student, target, assigned, **options).dense
 
 

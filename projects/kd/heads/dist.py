@@ -105,7 +105,8 @@ class DIST(DenseImitation):
                 mask = None
                 if self.mask_padding and ctx.has_padding(level):
                     mask = ctx.valid_mask(level)
-                logits = student.logits[place], match.select(target.logits[match.index])
+                own = self.shared.of_anchors(student.logits[place])
+                logits = own, match.select(target.logits[match.index])
                 terms = dense_relation_losses(*logits, mask)
                 inter, intra = inter + terms[0], intra + terms[1]
         return inter, intra

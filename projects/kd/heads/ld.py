@@ -110,10 +110,10 @@ class LD(DenseImitation):
     def forward(self, ctx: DistillContext):
         """``loss_kd_ld_main``, ``loss_kd_ld_vlr`` and ``loss_kd_ld_cls``, those of weight > 0."""
         predictor, _ = self.predictors(ctx)
-        assigned, masks = predictor.assign(ctx), cell_masks(self, ctx)
+        assigned, masks = self.assign(ctx, predictor), cell_masks(self, ctx)
         student = predictor.student(ctx)
         pairs = self.compared(ctx, predictor, student, assigned, masks=masks, decoded=False)
-        region = predictor.valuable_region(assigned, ctx.gt, self.distance)
+        region = predictor.valuable_region(assigned, ctx.gt, self.distance, self.shared)
         region = [
             w for level, w in zip(predictor.levels, region, strict=True) if level in self.levels
         ]

@@ -19,6 +19,7 @@ from ..functional.output_kd import (
 )
 from ..predict import AnchorMatch, Pairs, Predictor, predictor_for
 from ..predict.base import step_precision
+from ..shared_classes import ALL, SharedClasses
 from .base import IMITATION_HEAD_REGISTRY, ImitationHead
 
 # Weights of the class and the box term of one-stage and of two-stage detectors.
@@ -145,12 +146,17 @@ def comparable(cfg, student: ModelInfo, teacher: ModelInfo, user: str, key: str)
     ours = predictor_for(student.model, user)
     theirs = predictor_for(teacher.model, user, "teacher")
     ours.check_student()
-    if ours.num_classes != theirs.num_classes:
+    check_numbers(ours, theirs, teacher, key)
+    return ours, theirs, ours.match(theirs, cfg.KD.TEACHER.INPUT_SCALE, key)
+
+
+def check_numbers(ours: Predictor, theirs: Predictor, teacher: ModelInfo, key: str) -> None:
+    """ConfigError unless the teacher predicts as many classes as it shares with the student."""
+    if teacher.classes().number(ours.num_classes) != theirs.num_classes:
         raise ConfigError(
             f"{key}: the student has {ours.num_classes} classes and the teacher "
-            f"{theirs.num_classes}; their predictions cannot be compared"
+            f"{theirs.num_classes}; match them by KD.TEACHER.CLASS_MAP"
         )
-    return ours, theirs, ours.match(theirs, cfg.KD.TEACHER.INPUT_SCALE, key)
 
 
 def matched_levels(
@@ -203,6 +209,7 @@ class OutputKD(ImitationHead):
         predictor: the student's.
         scale: KD.TEACHER.INPUT_SCALE.
         jitter: see :func:`~projects.kd.functional.output_kd.jitter_boxes`.
+        shared: classes that the teacher predicts.
         **base: see :class:`ImitationHead`. ``levels`` are those predicted level by level; regions
             are compared whatever level they lie on.
     """
@@ -219,9 +226,11 @@ class OutputKD(ImitationHead):
         taps: frozenset[str],
         scale: float = 1.0,
         jitter: float = 0.0,
+        shared: SharedClasses = ALL,
         **base,
     ):
         super().__init__(**base)
+        self.shared = shared
         self.weights = weights
         self.match = match
         self.teacher_levels = teacher_levels
@@ -246,12 +255,13 @@ class OutputKD(ImitationHead):
             "taps": ours.taps,
             "scale": cfg.KD.TEACHER.INPUT_SCALE,
             "jitter": node.BOX_JITTER,
+            "shared": teacher.classes(),
         }
 
     def forward(self, ctx: DistillContext) -> dict[str, torch.Tensor]:
         """``loss_kd_outputkd_cls``, ``_box`` and, with region proposals, ``_rpn``."""
         ours, theirs = predictor_for(ctx.student), predictor_for(ctx.teacher.model)
-        assigned = ours.assign(ctx)
+        assigned = ours.known(ours.assign(ctx), self.shared)
         student = ours.student(ctx)
         pairs = ours.pairs(
             student,
@@ -261,6 +271,7 @@ class OutputKD(ImitationHead):
             masks=cell_masks(self, ctx),
             match=self.match,
             jitter=self.jitter,
+            shared=self.shared,
         )
         return prediction_losses(pairs, "outputkd", self.weights, self.weight)
 

@@ -10,6 +10,8 @@ from ..context import DistillContext, ModelInfo
 from ..errors import ConfigError
 from ..predict import predictor_for
 from ..predict.base import step_precision
+from ..shared_classes import ALL, SharedClasses
+from .output_kd import check_numbers
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,12 @@ class RegionLogits:
     Attributes:
         teacher_levels: levels that the teacher pools from, its own name to the student's.
         scale: side of the teacher's images in parts of the student's.
+        shared: classes that the teacher predicts.
     """
 
     teacher_levels: dict[str, str]
     scale: float = 1.0
+    shared: SharedClasses = ALL
     taps = frozenset({"box", "sampled_proposals"})
 
     @classmethod
@@ -53,11 +57,7 @@ class RegionLogits:
             predictor.check_student()
             sides.append(predictor)
         ours, theirs = sides
-        if ours.num_classes != theirs.num_classes:
-            raise ConfigError(
-                f"{key}: the student has {ours.num_classes} classes and the teacher "
-                f"{theirs.num_classes}; their predictions cannot be compared"
-            )
+        check_numbers(ours, theirs, teacher, key)
         stages = len(ours.box_heads), len(theirs.box_heads)
         if stages[0] not in (1, stages[1]):  # of a cascade the first stage sees plain proposals
             raise ConfigError(
@@ -66,24 +66,29 @@ class RegionLogits:
             )
         _check_keys(cfg.KD[user.upper()], key)
         needed = theirs.model.roi_heads.box_in_features
-        return cls(teacher.paired_names(needed, key), cfg.KD.TEACHER.INPUT_SCALE)
+        levels = teacher.paired_names(needed, key)
+        return cls(levels, cfg.KD.TEACHER.INPUT_SCALE, teacher.classes())
 
     def read(self, ctx: DistillContext) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Per stage: student and teacher logits (R, K + 1) in fp32, and classes (R,) int64.
 
-        K = background. A teacher with more stages than the student gives its first.
+        K = background. A teacher with more stages than the student gives its first. Where it does
+        not know all classes, K counts those it knows, and regions of the others are left out.
         """
         ours, theirs = predictor_for(ctx.student), predictor_for(ctx.teacher.model)
         stages = ours.regions(ctx)
         features = {own: ctx.teacher_features[x] for own, x in self.teacher_levels.items()}
         with torch.no_grad(), step_precision(next(iter(features.values()))):
             targets = theirs.predict_regions(features, stages, scale=self.scale, constant=False)
-        return [
-            (logits.float(), target, torch.cat([x.gt_classes for x in regions]))
-            for (logits, _), (target, _), regions in zip(
-                ours.tapped(ctx), targets, stages, strict=True
-            )
-        ]
+        result = []
+        for (logits, _), (target, _), regions in zip(
+            ours.tapped(ctx), targets, stages, strict=True
+        ):
+            logits = self.shared.with_background(logits.float())
+            classes = torch.cat([x.gt_classes for x in regions])
+            classes, *values = self.shared.regions(classes, logits, target)
+            result.append((*values, classes))
+        return result
 
 
 def _check_keys(node, key: str) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from ..adapters import align_spatial
 from ..context import DistillContext, ModelInfo
 from ..errors import ConfigError
+from ..shared_classes import ALL, SharedClasses
 
 ROI_TARGETS = ("masks", "keypoints")
 _PARTS = {"masks": "mask", "keypoints": "keypoint"}
@@ -33,11 +34,13 @@ class RoiMaps:
         kind: "masks" or "keypoints".
         teacher_levels: levels that the teacher pools from, its own name to the student's.
         scale: side of the teacher's images in parts of the student's.
+        shared: classes that the teacher predicts; regions of others are left out.
     """
 
     kind: str
     teacher_levels: dict[str, str]
     scale: float = 1.0
+    shared: SharedClasses = ALL
 
     @classmethod
     def build(cls, kind: str, student: ModelInfo, teacher: ModelInfo, key: str, scale: float = 1.0):
@@ -53,14 +56,16 @@ class RoiMaps:
                     f"{key}: '{kind}' needs a {side} with RoI heads that predict {kind} from a "
                     f"pooler of their own (Mask or Keypoint R-CNN with FPN); {info.arch} has none"
                 )
-        ours, theirs = (_outputs(info.model, kind) for info in (student, teacher))
+        ours = _outputs(student.model, kind, teacher.classes())
+        theirs = _outputs(teacher.model, kind)
         if ours != theirs:
             raise ConfigError(
                 f"{key}: '{kind}' compares them one by one, but the student predicts {ours} and "
                 f"the teacher {theirs}"
             )
         needed = getattr(teacher.model.roi_heads, f"{_PARTS[kind]}_in_features")
-        return cls(kind, teacher.paired_names(needed, f"{key} '{kind}'"), scale)
+        levels = teacher.paired_names(needed, f"{key} '{kind}'")
+        return cls(kind, levels, scale, teacher.classes())
 
     @property
     def compares(self) -> tuple[str, ...]:
@@ -88,9 +93,12 @@ class RoiMaps:
                 student, scale_factor=factor, mode="bilinear", align_corners=False
             )
         teacher = self._teacher(ctx, regions)
+        classes = torch.cat([x.gt_classes for x in regions])
         if self.kind == "masks" and student.shape[1] > 1:
-            classes = torch.cat([x.gt_classes for x in regions])
-            student, teacher = (x[range(len(x)), classes][:, None] for x in (student, teacher))
+            student = student[range(len(student)), classes][:, None]
+            own = self.shared.places(classes)
+            teacher = teacher[range(len(teacher)), own][:, None]
+        _, student, teacher = self.shared.regions(classes, student, teacher)
         return student, align_spatial(teacher, student)
 
     def regions(self, ctx: DistillContext):
@@ -124,9 +132,10 @@ def offers(model: nn.Module, kind: str) -> bool:
     )
 
 
-def _outputs(model: nn.Module, kind: str) -> str:
+def _outputs(model: nn.Module, kind: str, shared: SharedClasses = ALL) -> str:
     heads = model.roi_heads
     if kind == "keypoints":
         return f"{heads.keypoint_head.num_keypoints} keypoints"
     predictor = getattr(heads.mask_head, "predictor", None)
-    return f"masks of {getattr(predictor, 'out_channels', heads.num_classes)} classes"
+    number = getattr(predictor, "out_channels", heads.num_classes)
+    return f"masks of {number if number == 1 else shared.number(number)} classes"

@@ -11,6 +11,7 @@ from ..adapters import build_adapter
 from ..context import DistillContext, ModelInfo
 from ..detectors import architectures_with, taps_for
 from ..errors import ConfigError, require_one_of
+from ..shared_classes import ALL, SharedClasses
 from .base import ImitationHead, adapt, build_adapters, choose_levels, head_name
 
 # "features": backbone outputs by level. "dense": classification logits of a one-stage head by
@@ -37,6 +38,8 @@ class MapImitation(ImitationHead):
             to teacher channels.
         dense_index: for "dense", level to the place of its logits in the student's and the
             teacher's list.
+        shared: classes that the teacher predicts, for maps of logits; the student's others are left
+            out.
         **base: see :class:`ImitationHead`; ``levels`` is empty unless the target has levels.
     """
 
@@ -50,9 +53,11 @@ class MapImitation(ImitationHead):
         target: str = "features",
         adapters: nn.ModuleDict | None = None,
         dense_index: dict[str, tuple[int, int]] | None = None,
+        shared: SharedClasses = ALL,
         **base,
     ):
         super().__init__(**base)
+        self.shared = shared
         self.target = target
         self.adapters = nn.ModuleDict() if adapters is None else adapters
         self.dense_index = dense_index
@@ -95,6 +100,7 @@ class MapImitation(ImitationHead):
         }
         if target == "dense":
             kwargs["dense_index"] = _dense_index(levels, student, teacher, name)
+        kwargs["shared"] = teacher.classes(*_CLASSES.get(target, ()))
         if cls.by_channel:
             kwargs["adapters"] = _adapters(cfg, key, target, levels, student, teacher)
         return kwargs
@@ -107,6 +113,8 @@ class MapImitation(ImitationHead):
                 yield self._pair(ctx, level, level, *read(ctx, level))
             return
         student = ctx.student_outputs[self.target]
+        if self.target in _CLASSES:
+            student = self.shared.logits(student, 1)
         teacher = ctx.teacher_outputs[self.target]
         for side, value in (("student", student), ("teacher", teacher)):
             if not isinstance(value, torch.Tensor) or value.dim() != 4:
@@ -128,7 +136,7 @@ class MapImitation(ImitationHead):
 
     def _logits(self, ctx: DistillContext, level: str):
         ours, theirs = self.dense_index[level]
-        student = ctx.student_outputs["dense"].logits[ours]
+        student = self.shared.of_anchors(ctx.student_outputs["dense"].logits[ours])
         teacher = ctx.teacher_outputs["dense"].logits[theirs]
         if self.by_channel:
             key = f"KD.{head_name(type(self)).upper()}.TARGET"
@@ -164,7 +172,7 @@ def _check_dense(key: str, ours: int, theirs: int, where: str = "") -> None:
     if ours != theirs:
         raise ConfigError(
             f"{key}: 'dense' compares anchors x classes one by one, but{where} the student has "
-            f"{ours} of them and the teacher {theirs}; use 'features'"
+            f"{ours} of them and the teacher {theirs}; use 'features', or KD.TEACHER.CLASS_MAP"
         )
 
 
@@ -172,6 +180,9 @@ def _adapters(cfg, key, target, levels, student, teacher) -> nn.ModuleDict:
     if target == "features":
         return build_adapters(cfg.KD.ADAPTER.TYPE, levels, student, teacher)
     ours, theirs = (channels_of(info, target) for info in (student, teacher))
+    shared = teacher.classes(*_CLASSES.get(target, ()))
+    if target in _CLASSES and ours is not None and shared.known is not None:
+        ours = ours // shared.total * len(shared.known)
     if target == "dense":
         if None not in (ours, theirs):  # else it is seen in the first step
             _check_dense(key, ours, theirs)
@@ -181,7 +192,7 @@ def _adapters(cfg, key, target, levels, student, teacher) -> nn.ModuleDict:
     if ours != theirs:
         raise ConfigError(
             f"{key}: '{target}' compares classes one by one, but the student has {ours} and the "
-            f"teacher {theirs}; use 'features' or 'decoder'"
+            f"teacher {theirs}; use 'features' or 'decoder', or KD.TEACHER.CLASS_MAP"
         )
     return nn.ModuleDict()
 

@@ -22,7 +22,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
 from ..config import register_config
-from ..detectors import register_detector
+from ..detectors import ClassLayer, register_detector
 from ..errors import ConfigError, DataError
 from ..functional.decoded import Decoded, Memory
 from ..functional.set_prediction import cxcywh_to_xyxy
@@ -246,6 +246,7 @@ register_detector(
     },
     class_key="MODEL.CONDITIONAL_DETR.NUM_CLASSES",
     label_maps=False,
+    class_layers={"class_embed": ClassLayer()},
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..detectors import register_detector
+from ..detectors import ClassLayer, register_detector
 from ..predict.cascade import CascadePredictor
 from ..predict.outputs import dense_tap, named
 from ..predict.rcnn import RCNNPredictor
@@ -24,7 +24,9 @@ _SHARED = {"features": TapSpec("backbone"), "bottom_up": TapSpec("backbone.botto
 
 # DenseDetector is the base class of RetinaNet and FCOS.
 register_detector(
-    "DenseDetector", taps={**_SHARED, "dense": dense_tap("logits", "boxes", "centreness")}
+    "DenseDetector",
+    taps={**_SHARED, "dense": dense_tap("logits", "boxes", "centreness")},
+    class_layers={"head.cls_score": ClassLayer()},
 )
 register_detector(
     "RetinaNet",
@@ -52,6 +54,12 @@ register_detector(
     class_key="MODEL.ROI_HEADS.NUM_CLASSES",
     predictor=RCNNPredictor,
     label_maps=False,
+    class_layers={
+        # of a cascade "roi_heads.box_predictor.<stage>.cls_score"
+        "roi_heads.box_predictor*.cls_score": ClassLayer(background=True),
+        "roi_heads.box_predictor*.bbox_pred": ClassLayer(inner=4),
+        "roi_heads.mask_head.predictor": ClassLayer(),
+    },
 )
 register_detector("GeneralizedRCNN", predictor=CascadePredictor)
 
@@ -70,10 +78,17 @@ _SEGMENTATION = {
         channels=lambda model: model.sem_seg_head.predictor.in_channels,
     ),
 }
+_PIXEL_CLASSES = {"sem_seg_head.predictor": ClassLayer(kind="stuff_classes")}
 register_detector(
     "SemanticSegmentor",
     taps={"features": TapSpec("backbone"), **_SEGMENTATION},
     class_key="MODEL.SEM_SEG_HEAD.NUM_CLASSES",
     class_names="stuff_classes",
+    class_layers=_PIXEL_CLASSES,
 )
-register_detector("PanopticFPN", taps=_SEGMENTATION, class_key="MODEL.ROI_HEADS.NUM_CLASSES")
+register_detector(
+    "PanopticFPN",
+    taps=_SEGMENTATION,
+    class_key="MODEL.ROI_HEADS.NUM_CLASSES",
+    class_layers=_PIXEL_CLASSES,
+)

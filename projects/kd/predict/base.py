@@ -23,6 +23,7 @@ from ..context import DistillContext
 from ..detectors import known_predictors, predictors_of
 from ..errors import ConfigError
 from ..functional.precision import HALF
+from ..shared_classes import ALL, SharedClasses
 from .outputs import DenseOutputs
 
 
@@ -186,6 +187,14 @@ class Predictor:
         """What ground truth says about the step's anchors and regions; ``ctx.gt`` is given."""
         raise NotImplementedError
 
+    def known(self, assigned: Any, shared: SharedClasses) -> Any:
+        """What :meth:`assign` gave, without what ground truth assigns to classes of the others.
+
+        Here as it is: :meth:`pairs` leaves out regions of such classes.
+        """
+        del shared
+        return assigned
+
     def student(self, ctx: DistillContext) -> Any:
         """The student's own predictions of the step, from its taps, with their gradients."""
         raise NotImplementedError
@@ -237,6 +246,7 @@ class Predictor:
         masks: Mapping[str, torch.Tensor | None],
         match: Mapping[str, AnchorMatch] | None = None,
         jitter: float = 0.0,
+        shared: SharedClasses = ALL,
     ) -> Pairs:
         """Predictions to be compared.
 
@@ -249,6 +259,8 @@ class Predictor:
             match: what :meth:`match` gave.
             jitter: target boxes move by so many pixels along the diagonal, see
                 :func:`~projects.kd.functional.output_kd.jitter_boxes`.
+            shared: classes of which the target's logits are; what is compared are these, and no
+                region that ground truth assigns to another.
         """
         raise NotImplementedError
 

@@ -12,6 +12,7 @@ from detectron2.structures import Boxes
 
 from ..errors import ConfigError
 from ..functional.output_kd import jitter_boxes
+from ..shared_classes import ALL, SharedClasses
 from .base import AnchorMatch, DensePair
 from .outputs import DenseOutputs
 
@@ -111,6 +112,7 @@ def level_pair(
     labelled: torch.Tensor | None = None,
     boxes: tuple | None = None,
     jitter: float = 0.0,
+    shared: SharedClasses = ALL,
 ) -> DensePair:
     """One level's predictions of both sides.
 
@@ -122,7 +124,7 @@ def level_pair(
         mask: (N, 1, H, W) bool of valid cells, None = all.
         labelled: (N, A, H, W), -1 = ignored, ``width`` = background, else a class; None = unknown.
         boxes: the level's anchors (Boxes) and the Box2BoxTransform of both; None = no boxes.
-        jitter: see :meth:`Predictor.pairs`.
+        jitter, shared: see :meth:`Predictor.pairs`.
     """
     logits = student.logits[place]
     other = match.select(target.logits[match.index])
@@ -141,8 +143,8 @@ def level_pair(
             else (counted & mask)
         )
     pair = {
-        "student_logits": logits.unflatten(1, (-1, width)),
-        "target_logits": other.unflatten(1, (-1, width)),
+        "student_logits": shared.logits(logits.unflatten(1, (-1, width)), 2),
+        "target_logits": other.unflatten(1, (-1, shared.number(width))),
         "counted": counted,
         "positive": positive,
     }

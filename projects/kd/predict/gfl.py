@@ -7,7 +7,9 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
 
 from ..errors import ConfigError
+from ..functional.atss import Candidates
 from ..functional.ld import valuable_region
+from ..shared_classes import ALL, SharedClasses
 from .dense import flatten_cells, match_anchors, unflatten_cells
 from .retinanet import AnchorLabels, RetinaNetPredictor
 from .towers import BinRest
@@ -42,19 +44,22 @@ class GFLPredictor(RetinaNetPredictor):
         labels = self.model.label_anchors(anchors, ctx.gt, candidates)
         return AnchorLabels(anchors, *labels, grids, candidates)
 
-    def valuable_region(self, assigned: AnchorLabels, gt, distance: str) -> list[torch.Tensor]:
+    def valuable_region(
+        self, assigned: AnchorLabels, gt, distance: str, shared: SharedClasses = ALL
+    ) -> list[torch.Tensor]:
         """Weights (N, 1, H, W) of each level in LD's region.
 
         Args:
             assigned: what :meth:`assign` gave.
             gt: ``ctx.gt``.
             distance: see :func:`~projects.kd.functional.ld.valuable_region`.
+            shared: boxes of other classes have no region.
         """
         every = Boxes.cat(assigned.anchors).tensor
-        weights = [
-            valuable_region(every, instances.gt_boxes.tensor, candidates, distance)
-            for instances, candidates in zip(gt, assigned.candidates, strict=True)
-        ]
+        weights = []
+        for instances, candidates in zip(gt, assigned.candidates, strict=True):
+            found = shared.regions(instances.gt_classes, instances.gt_boxes.tensor, *candidates)
+            weights.append(valuable_region(every, found[1], Candidates(*found[2:]), distance))
         return unflatten_cells(torch.stack(weights), assigned.grids)
 
     def check_exchange(self, teacher, key):

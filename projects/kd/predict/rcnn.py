@@ -15,6 +15,7 @@ from torch import nn
 from ..context import DistillContext
 from ..errors import ConfigError
 from ..functional.output_kd import jitter_boxes
+from ..shared_classes import ALL
 from .base import Pairs, Predictor, RegionPair, call_constant
 from .dense import (
     check_transforms,
@@ -214,7 +215,9 @@ class RCNNPredictor(Predictor):
                     losses[name + suffix] = loss
         return losses
 
-    def pairs(self, student, target, assigned, *, levels, masks, match=None, jitter=0.0):
+    def pairs(
+        self, student, target, assigned, *, levels, masks, match=None, jitter=0.0, shared=ALL
+    ):
         """Objectness level by level, classes and boxes region by region."""
         names = self.model.proposal_generator.in_features
         match = identity_matches(names) if match is None else match
@@ -227,26 +230,26 @@ class RCNNPredictor(Predictor):
         return Pairs(
             proposals=proposals,
             regions=[
-                self._region_pair(predictor.box2box_transform, ours, theirs, regions, jitter)
+                self._region_pair(
+                    predictor.box2box_transform, ours, theirs, regions, jitter, shared
+                )
                 for (_, predictor), ours, theirs, regions in stages
             ],
         )
 
-    def _region_pair(self, transform, student, target, regions, jitter) -> RegionPair:
+    def _region_pair(self, transform, student, target, regions, jitter, shared) -> RegionPair:
         (logits, deltas), (target_logits, target_deltas) = student, target
         boxes = torch.cat([x.proposal_boxes.tensor for x in regions])
         best = target_logits[:, :-1].detach().argmax(1)
-        ours, theirs = _of_class(deltas, best), _of_class(target_deltas.detach(), best)
+        ours = _of_class(deltas, shared.own(best))
+        theirs = _of_class(target_deltas.detach(), best)
         if jitter:
             moved = jitter_boxes(transform.apply_deltas(theirs, boxes), jitter)
             theirs = transform.get_deltas(boxes, moved)
-        return RegionPair(
-            student_logits=logits,
-            target_logits=target_logits,
-            student_deltas=ours,
-            target_deltas=theirs,
-            classes=torch.cat([x.gt_classes for x in regions]),
-        )
+        classes = torch.cat([x.gt_classes for x in regions])
+        logits = shared.with_background(logits)
+        classes, *values = shared.regions(classes, logits, target_logits, ours, theirs)
+        return RegionPair(*values, classes)
 
     def infer(self, features, image_sizes):
         """detectron2's own inference."""

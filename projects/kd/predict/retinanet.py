@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from ..functional.atss import Candidates
+from ..shared_classes import ALL
 from ..taps import TapSpec
 from .base import Pairs, Predictor, call_constant
 from .dense import (
@@ -79,6 +81,13 @@ class RetinaNetPredictor(Predictor):
         """The anchors' labels, as in the student's own loss."""
         anchors, grids = self.anchors(ctx)
         return AnchorLabels(anchors, *self.model.label_anchors(anchors, ctx.gt), grids)
+
+    def known(self, assigned, shared):
+        """Anchors of classes that the teacher does not know are ignored."""
+        if shared.known is None:
+            return assigned
+        labels = [x.masked_fill(shared.lacking(x), -1) for x in assigned.labels]
+        return dataclasses.replace(assigned, labels=labels)
 
     def anchors(self, ctx) -> tuple[list[Boxes], list[tuple[int, int]]]:
         """Of each level the anchors and (H, W)."""
@@ -159,7 +168,17 @@ class RetinaNetPredictor(Predictor):
             )
 
     def pairs(
-        self, student, target, assigned, *, levels, masks, match=None, jitter=0.0, decoded=True
+        self,
+        student,
+        target,
+        assigned,
+        *,
+        levels,
+        masks,
+        match=None,
+        jitter=0.0,
+        shared=ALL,
+        decoded=True,
     ):
         """One entry a level; anchors that the matcher ignores do not count.
 
@@ -176,6 +195,7 @@ class RetinaNetPredictor(Predictor):
                     labelled=labels[place],
                     boxes=boxes if decoded else None,
                     jitter=jitter,
+                    shared=shared,
                 )
                 dense.append(pair)
         return Pairs(dense=dense)
