@@ -58,7 +58,7 @@ def test_layers_keep_the_rows_of_the_chosen_classes(name, number):
     layers = class_layers(model)
     assert len(layers) == number and "num_classes" not in str(layers)
     before = {path: copy.deepcopy(model.get_submodule(path)) for path in layers}
-    choose_classes(model, {kind: CHOSEN for kind in totals})
+    choose_classes(model, dict.fromkeys(totals, CHOSEN))
     for path, layer in layers.items():
         old, new = before[path], model.get_submodule(path)
         rows = expected_rows(len(old.weight), layer, totals[layer.kind])

@@ -89,9 +89,10 @@ def read_class_map(
 
 
 def _student(cfg: CfgNode, kind: str) -> _Side:
-    """By the first data set that it trains on (or is evaluated on)."""
-    datasets = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST][:1]
-    names = tuple(MetadataCatalog.get(datasets[0]).get(kind, ())) if datasets else ()
+    """By the first data set that it trains on, else by its config."""
+    names = ()
+    if cfg.DATASETS.TRAIN:
+        names = tuple(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get(kind, ()))
     number = len(names)
     if not number and kind == class_names_of(cfg.MODEL.META_ARCHITECTURE):
         number = configured_classes(cfg, cfg.MODEL.META_ARCHITECTURE) or 0

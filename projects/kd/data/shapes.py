@@ -3,8 +3,9 @@
 They are made on first use, without a download. ``shapes_few`` holds the first 300 pictures of
 ``shapes_train``. ``shapes_three_train`` and ``shapes_three_val`` are the pictures of ``train`` and
 ``val`` with the objects of three classes annotated, in another order (THREE), and without label
-maps, for students of teachers that know more classes. Recipes are tuned on ``shapes_dev``, results are reported on ``shapes_val``. They
-lie in ``$DETECTRON2_DATASETS/shapes/v<VERSION>/{train,few,dev,val}`` (default: ``./datasets``)::
+maps, for students of teachers that know more classes. Recipes are tuned on ``shapes_dev``, results
+are reported on ``shapes_val``. They lie in
+``$DETECTRON2_DATASETS/shapes/v<VERSION>/{train,few,dev,val}`` (default: ``./datasets``)::
 
     images/000000.jpg ...      256x256, 256x320 or 320x256 pixels
     semantic/000000.png ...    one byte a pixel: 0 = background, 1 + class index

@@ -56,6 +56,7 @@ def build(cfg, student_input: bool):
     # evaluation data in the order of its classes, where they are the same
     register_configured(cfg, teacher.names.get("thing_classes"))
     check_taught_names(cfg, teacher.names)
+    in_students_numbers(teacher)
     cfg.INPUT.FORMAT = teacher.input_format
     if teacher.cfg is not None:
         # what this model predicts, and how many of it
@@ -67,6 +68,31 @@ def build(cfg, student_input: bool):
     for key in INPUT_KEYS if student_input else ():
         cfg.INPUT[key] = round(cfg.INPUT[key] * cfg.KD.TEACHER.INPUT_SCALE)
     return teacher.model, cfg
+
+
+def in_students_numbers(teacher) -> None:
+    """Detections get the student's numbers of classes where the teacher knows some of them alone.
+
+    Raises:
+        ConfigError: label maps of some of the student's classes, which have no numbers of their own
+            for the rest.
+    """
+    lacking = {kind: own for kind, own in teacher.shared.items() if own.known is not None}
+    if "stuff_classes" in lacking:
+        raise ConfigError(
+            "KD.TEACHER.CLASS_MAP: the teacher lacks classes of pixels that the data have, so its "
+            "label maps cannot be evaluated there; evaluate it without, on data of its own"
+        )
+    if not lacking:
+        return
+
+    def renumber(module, inputs, outputs):
+        for output in outputs if isinstance(outputs, list) else ():
+            if "instances" in output:
+                found = output["instances"]
+                found.pred_classes = lacking["thing_classes"].own(found.pred_classes)
+
+    teacher.model.register_forward_hook(renumber)
 
 
 def read_config(args):
