@@ -1,12 +1,12 @@
 """Where ``kd-train``, ``kd-compare`` and ``kd-benchmark`` start: memory first, then torch.
 
-A step on a CPU allocates and frees its tensors many times; the C library gives their memory back to
-the system, and every new page costs a fault. glibc (2.35 and newer) asks Linux for huge pages, and
-so for a five-hundredth of the faults, when ``GLIBC_TUNABLES`` says so. It reads that variable only
-when a process starts. Hence :func:`use_huge_pages` starts the command anew, once, as the same
-process. Results are the same to the bit; docs/costs.md has the times.
+A step on a CPU allocates and frees its tensors many times. The C library returns their memory to
+the system, and each new page costs a fault. glibc (2.35 and newer) asks Linux for huge pages, which
+means a five-hundredth of the faults, when ``GLIBC_TUNABLES`` says so. It reads that variable only
+when a process starts. Hence :func:`use_huge_pages` restarts the command, once, as the same process.
+Results are the same to the bit; docs/costs.md has the times.
 
-This module imports neither torch nor the package below it, as they would be loaded twice.
+This module does not import torch or ``projects.kd``, which would then be loaded twice.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def _command(name: str) -> None:
 
 
 def use_huge_pages() -> None:
-    """Start this command anew with huge pages, where it runs on a CPU and they are to be had.
+    """Restart this command with huge pages, if it runs on a CPU and the system offers them.
 
-    Call it first: nothing that the process has done or opened is kept. It returns where there is
-    a GPU, where the system has no such setting, where the program was read from standard input, and
-    in the process that it has started.
+    Call it first: nothing that the process has done or opened is kept. It does nothing if there is
+    a GPU, if the system has no such setting, if the program was read from standard input, and in
+    the process that it has started.
     """
     if sys.argv[0] in ("", "-"):  # "-": the program came from standard input
         return

@@ -20,7 +20,7 @@ class SemanticEvaluator(SemSegEvaluator):
         super().__init__(*args, sem_seg_loading_fn=load, **kwargs)
 
     def reset(self):
-        """Start anew."""
+        """Forget all predictions."""
         super().reset()
         self._any = False
 

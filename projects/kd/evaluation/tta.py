@@ -35,7 +35,7 @@ class DenseDetectorWithTTA(nn.Module):
         self.white = cfg.INPUT.WHITE
 
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
-        """As the model's own; images with a ``file_name`` are read anew at their full size."""
+        """As the model's own; images with a ``file_name`` are read again at their full size."""
         return [{"instances": self._detect(self._full_size(x))} for x in batched_inputs]
 
     def _full_size(self, example: dict) -> dict:

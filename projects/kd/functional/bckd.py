@@ -50,7 +50,7 @@ def qfl_kd(
 
 
 class _QualityFocal(torch.autograd.Function):
-    """Sum of |p_s - p_t| b; keeps the two logit maps, sigmoids are computed anew."""
+    """Sum of |p_s - p_t| b; keeps the two logit maps and computes sigmoids again."""
 
     @staticmethod
     def forward(ctx, student, target, counted):

@@ -37,7 +37,7 @@ def cwd_loss(
         teacher: (N, C, H, W); gets no gradient.
         tau: temperature.
         mask: (N, 1, H, W) bool, cells outside take no part in the softmax; None = all cells. Each
-            image needs a cell inside. Ours: the paper lets padding take part.
+            image needs a cell inside. Ours: the paper includes padding.
         standardize: first bring every channel of either side to zero mean and unit deviation, see
             :func:`standardise` (ours): a softmax is as sharp as its channel is wide, so that of
             maps without a norm a few wide channels make most of the loss.
@@ -73,7 +73,7 @@ def standardise(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch
 
 
 class _SpatialKL(torch.autograd.Function):
-    """Keeps the two maps and two (N, C, 1) vectors; the softmax is computed anew in backward."""
+    """Keeps the two maps and two (N, C, 1) vectors; backward computes the softmax again."""
 
     @staticmethod
     def forward(ctx, student, teacher, tau, mask):

@@ -64,7 +64,7 @@ def kd_detr_loss(
 
 @torch.no_grad()
 def random_queries(embeddings: torch.Tensor, count: int, law: str = "teacher") -> torch.Tensor:
-    """Queries drawn anew in every step, from torch's generator, which the step seeds.
+    """New queries for every step, from torch's generator, which the step seeds.
 
     KD-DETR draws points of four numbers from N(0, 1), which is how DAB-DETR's queries start. A
     query of Conditional DETR has D numbers, and those of a trained detector have a law of their

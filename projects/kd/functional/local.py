@@ -47,7 +47,7 @@ def local_loss(
 
 
 class _Neighbours(torch.autograd.Function):
-    """Keeps the student's map and one number a pair; differences are formed anew in backward."""
+    """Keeps the student's map and one number a pair; backward forms the differences again."""
 
     @staticmethod
     def forward(ctx, student, teacher, mask):

@@ -51,7 +51,7 @@ def dense_class_loss(
 
 
 class _WeightedKL(torch.autograd.Function):
-    """Sum of w KL and sum of w; keeps the two logit maps, sigmoids are computed anew."""
+    """Sum of w KL and sum of w; keeps the two logit maps and computes sigmoids again."""
 
     @staticmethod
     def forward(ctx, student, target, counted):

@@ -296,7 +296,7 @@ def main(args):
         torch.set_num_threads(args.threads)
     if args.part == "data" and not args.config_file:
         raise ConfigError("data: needs --config-file: the built-in pairs have no data")
-    logging.disable(logging.WARNING)  # detectors are built anew for each part
+    logging.disable(logging.WARNING)  # detectors are built again for each part
     runs = {}
     progress = Progress(0)
     for name, cfg in configs(args).items():

@@ -5,7 +5,7 @@
 IN is a .pth of the authors' repository or of detrex, or a .pth or .safetensors of Hugging Face
 transformers; which one is found from its keys. The 91 class rows of the first and the last become
 80 for a config with 80 classes. Everything that does not fit the config's model is listed, and
-refused but for a classifier of another number of classes, which starts anew.
+refused, except for a classifier with another number of classes, which is initialised again.
 
 The weights expect RGB images with ImageNet's statistics (MODEL.PIXEL_MEAN, PIXEL_STD,
 INPUT.FORMAT), as the configs of configs/COCO-DETR have them.
