@@ -1,4 +1,4 @@
-"""Flags of scripts: mistakes are one line, and numbers and places to write to are checked early."""
+"""Flags of scripts: a mistake gives one line; numbers and output paths are checked early."""
 
 from __future__ import annotations
 

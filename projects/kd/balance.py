@@ -1,7 +1,7 @@
-"""Weights that set themselves: each head's share of the gradient is held at a target (KD.BALANCE).
+"""Weights that set themselves: each head's share of the gradient is kept at a target (KD.BALANCE).
 
 The *share* r of a head is the L2 norm of the gradient of its ``loss_kd_*`` at the maps it acts on,
-in parts of the norm of all task losses together at the same maps. It is linear in the head's
+relative to the norm of all task losses together at the same maps. It is linear in the head's
 weight, so a multiplier m of the weight makes the share r m.
 """
 
@@ -45,7 +45,7 @@ def gradient_norm(loss: torch.Tensor, maps: Sequence[torch.Tensor], scale: float
 
 @dataclass(frozen=True)
 class Target:
-    """The share a head is held at: from ``start`` to ``end`` along a geometric line.
+    """The share that a head is kept at: from ``start`` to ``end`` along a geometric line.
 
     Attributes:
         start: at iteration 0, above 0.

@@ -58,7 +58,7 @@ def beside(name: str, folder: str) -> str:
         folder: of the config that holds it.
 
     Returns:
-        The path, or ``name`` as it was, which the working directory decides about then.
+        The path, or ``name`` unchanged, which is then relative to the working directory.
     """
     plain = expand(name.partition("?")[0])
     if "://" in name or os.path.isabs(plain):
@@ -131,9 +131,9 @@ def published_weights(config_name: str, named: str, opts: Sequence = ()) -> str:
 
 
 def split_query(name: str) -> tuple[str, str]:
-    """A name of weights without what follows its "?", and that ("" where there is none).
+    """Split a name of weights at its "?": the name, and the query ("" if there is none).
 
-    detectron2 takes ``?matching_heuristics=True`` behind the name. A file whose own name holds a
+    detectron2 takes ``?matching_heuristics=True`` after the name. A file whose own name holds a
     "?" is found first.
     """
     if "://" not in name and os.path.isfile(expand(name)):
@@ -255,7 +255,7 @@ def require_pickles(names: Iterable[str], key: str, allow_pickle: bool) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
-    """Binary file for writing that takes the place of ``path`` once it is whole and on the disk."""
+    """Binary file for writing that replaces ``path`` once it is complete and on the disk."""
     folder, name = os.path.split(path)
     partial = os.path.join(folder, f".{name}.partial")
     try:

@@ -3,7 +3,7 @@
 Before and after training a signal ends the process at once (:func:`stop_at_once`). While training
 it is only noted (:func:`stop_after_step`): the loop finishes its step, all processes agree on it
 there, and the trainer writes a checkpoint and raises :class:`Stopped`. An evaluation in between is
-given up. A second signal, not right behind the first, ends the process on the spot.
+given up. A second signal, unless right after the first, ends the process at once.
 """
 
 from __future__ import annotations

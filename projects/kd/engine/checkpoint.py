@@ -1,4 +1,4 @@
-"""Checkpoints of the plain student that survive a kill and say in one line why they do not fit.
+"""Checkpoints of the plain student. They survive a kill, and one line says why one does not fit.
 
 A file holds ``model`` (state dict of the student, as stock detectron2 loads it), ``distill`` (state
 dict of the imitation heads, when distilling), ``trainer`` (optimizers, schedules, seed, ...),
@@ -36,7 +36,7 @@ class DistillCheckpointer(SafeCheckpointer):
         allow_missing_distill: KD.ALLOW_MISSING_DISTILL.
         use_ema: load the entry ``ema`` in place of ``model`` (evaluation).
         complete: refuse weights that leave a part of the student random (evaluation).
-        keep: SOLVER.KEEP_CHECKPOINTS, how many that training wrote on its way stay; 0 = all.
+        keep: SOLVER.KEEP_CHECKPOINTS, how many checkpoints of the training stay; 0 = all.
         **checkpointables: objects with ``state_dict``/``load_state_dict``; the imitation heads are
             ``distill``. Those that communicate need :meth:`save` called on all ranks.
     """

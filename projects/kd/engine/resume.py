@@ -1,4 +1,4 @@
-"""What a resumed run changes: named in one line, and in effect; or refused where it cannot be."""
+"""What a resumed run changes is named in one line and takes effect, or is refused."""
 
 from __future__ import annotations
 
