@@ -19,7 +19,7 @@ LAYERS = (
     ("weights", "functional", "schedule", "balance"),
     ("predict", "data"),
     ("heads", "modeling", "evaluation"),
-    ("building",),
+    ("building", "unlabelled"),
     ("teacher",),
     ("distiller",),
     ("check", "recipes"),

@@ -174,7 +174,7 @@ class ShareController:
 
     def _share(self, name, head, losses, ctx) -> float:
         """exp of the mean over processes of log r; 0 where any of them has none."""
-        maps = head.acts_on(ctx)
+        maps = ctx.origins(head.acts_on(ctx))
         scale = _FLOAT16_SCALE if any(x.dtype == torch.float16 for x in maps) else 1.0
         key = tuple(id(x) for x in maps)
         if key not in self._task:

@@ -12,6 +12,9 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from .config.key_checks import check_values
 from .data.classes import check_class_names
 from .data.needs import check_data_sets
+from .data.slices import base_of
+from .data.unlabelled import KEY as UNLABELLED
+from .data.unlabelled import check_unlabelled
 from .detectors import class_key, class_names_of, configured_classes
 from .distiller import DistillMetaArch
 from .errors import ConfigError, did_you_mean
@@ -85,18 +88,24 @@ def _check_datasets(cfg, training: bool) -> None:
     keys = {"DATASETS.TEST": cfg.DATASETS.TEST}
     if training:
         keys["DATASETS.TRAIN"] = cfg.DATASETS.TRAIN
-        if not cfg.DATASETS.TRAIN:
+        keys[UNLABELLED] = cfg.KD.UNLABELED.DATASETS
+        if not cfg.DATASETS.TRAIN and not cfg.KD.UNLABELED.DATASETS:
             raise ConfigError("DATASETS.TRAIN is empty: name a data set to train on")
+        check_unlabelled(cfg)
     for key, names in keys.items():
         for name in names:
             if name not in DatasetCatalog:
                 near = difflib.get_close_matches(name, list(DatasetCatalog), n=3, cutoff=0.4)
+                folder = ", and no such folder" if key == UNLABELLED else ""
                 raise ConfigError(
-                    f"{key}: no data set '{name}' is registered; add it to KD.DATASETS"
+                    f"{key}: no data set '{name}' is registered{folder}; add it to KD.DATASETS"
                     + (f" or use {' or '.join(near)}" if near else "")
                 )
+            if key == "DATASETS.TEST" and base_of(name) != name:
+                raise ConfigError(f"{key}: '{name}' is a part of a data set: name the whole one")
             _check_files(key, name)
-            _check_classes(cfg, name)
+            if key != UNLABELLED:
+                _check_classes(cfg, name)
 
 
 def _check_files(key: str, dataset: str) -> None:

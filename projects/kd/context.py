@@ -95,16 +95,18 @@ class DistillContext:
         batch: the batch as the data loader gave it.
         student, teacher: the models, for what the fields above do not cover.
         log_scalars: whether :meth:`put_scalar` records in this step.
+        labelled: the labelled images of the batch alone, where it has others as well.
+        sources: by the ``id`` of a map, the maps that it was put together from.
     """
 
     iteration: int
     image_sizes: list[tuple[int, int]]
     canvas: tuple[int, int]
     gt: list[Instances] | None
-    student_features: dict[str, torch.Tensor]
-    teacher_features: dict[str, torch.Tensor]
-    student_outputs: dict[str, Any] = field(default_factory=dict)
-    teacher_outputs: dict[str, Any] = field(default_factory=dict)
+    student_features: Mapping[str, torch.Tensor]
+    teacher_features: Mapping[str, torch.Tensor]
+    student_outputs: Mapping[str, Any] = field(default_factory=dict)
+    teacher_outputs: Mapping[str, Any] = field(default_factory=dict)
     strides: dict[str, int] = field(default_factory=dict)
     teacher_scale: float = 1.0
     teacher_image_sizes: list[tuple[int, int]] = field(default_factory=list)
@@ -113,7 +115,19 @@ class DistillContext:
     student: nn.Module | None = None
     teacher: Any = None
     log_scalars: bool = False
+    labelled: DistillContext | None = None
+    sources: Mapping[int, tuple[torch.Tensor, ...]] = field(default_factory=dict, repr=False)
     _masks: dict[tuple, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """The student's."""
+        maps = (self.labelled or self).student_features  # joined ones are made when asked for
+        return next(iter(maps.values())).device
+
+    def origins(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Maps of the batch as the detector computed them, part by part."""
+        return [part for x in maps for part in self.sources.get(id(x), (x,))]
 
     def stride(self, level: str) -> int:
         """Stride of a student level in input pixels."""
@@ -151,7 +165,7 @@ class DistillContext:
             return None
         key = "canvas", tuple(size)
         if key not in self._masks:
-            device = next(iter(self.student_features.values())).device
+            device = self.device
             sizes = torch.tensor(self.image_sizes, device=device)
             # row r starts at r * canvas / rows pixels
             y = torch.arange(size[0], device=device) * self.canvas[0] < sizes[:, :1] * size[0]
@@ -172,7 +186,7 @@ class DistillContext:
         """
         key = "labels", ignore
         if key not in self._masks:
-            device = next(iter(self.student_features.values())).device
+            device = self.device
             shape = (len(self.batch), *self.canvas)
             labels = torch.full(shape, ignore, dtype=torch.long, device=device)
             for own, item, size in zip(labels, self.batch, self.image_sizes, strict=True):

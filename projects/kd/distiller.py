@@ -15,6 +15,7 @@ from .balance import ShareController, build_balance
 from .building import build_detector
 from .context import DistillContext, ModelInfo
 from .data.classes import compare_with_teacher
+from .data.unlabelled import FLAG
 from .detectors import padding_of, taps_for
 from .errors import ConfigError, DataError
 from .heads.base import build_imitation_heads
@@ -29,6 +30,7 @@ from .modeling.narrow_maps import guard_narrow_maps
 from .schedule import Ramp, build_ramp
 from .taps import FeatureTaps, TapSpec
 from .teacher import Teacher, build_teacher
+from .unlabelled import check_heads, context_of, join, observe_unlabelled, parts_of
 
 
 @META_ARCH_REGISTRY.register()
@@ -101,6 +103,7 @@ class DistillMetaArch(nn.Module):
         level_map = pair_levels(cfg.KD.LEVEL_MAP, *backbones, required=False)
         student_info, teacher_info = paired_infos(cfg, student, teacher, level_map)
         heads = build_imitation_heads(cfg, student_info, teacher_info)
+        check_heads(cfg, heads)
         compared = {name: head.compares for name, head in heads.items()}
         compare_with_teacher(cfg, teacher.names, compared, teacher.shared)
         return {
@@ -128,6 +131,7 @@ class DistillMetaArch(nn.Module):
             batched_inputs: what detectron2's data loader gives: ``image`` (3, H, W) in
                 ``image_format``, ``instances`` with boxes XYXY in pixels of that image, ...; with
                 a ``teacher_scale`` also ``image_teacher``, that image at the teacher's size.
+                Images with ``unlabeled`` True have no labels and train heads alone.
 
         Returns:
             Training: dict of scalar losses, ready to be summed.
@@ -140,27 +144,49 @@ class DistillMetaArch(nn.Module):
         return self.combine(losses, self.imitate(ctx))
 
     def observe(self, batched_inputs: list[dict]) -> tuple[DistillContext, dict]:
-        """Run teacher and student; returns what heads read, and the student's own losses."""
-        sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
-        canvas = self._padding.canvas(sizes)
-        images = self.teacher_images(batched_inputs)
+        """Run teacher and student; returns what heads read, and the student's own losses.
+
+        Examples marked ``unlabeled`` give no losses; see :mod:`.unlabelled`.
+        """
+        parts = parts_of(batched_inputs)
         # first: the teacher's activations are gone before the student's are kept, and on a GPU its
         # kernels hide behind the student's host work
         with torch.profiler.record_function("kd/teacher"):
-            theirs = scaled_size(canvas, self.teacher_scale)
-            teacher = self.teacher.observe(images, theirs, self.image_format)
-        with torch.profiler.record_function("kd/student"):
-            with self._taps.record(), self._padding.applied():
-                losses = self.student(batched_inputs)
-            student = {name: self._taps[name] for name in self._taps.specs}
-            self._taps.clear()
+            teachers = [self._run_teacher(part) for part in parts]
+        losses: dict[str, torch.Tensor] = {}
+        contexts = []
+        for part, teacher in zip(parts, teachers, strict=True):
+            with torch.profiler.record_function("kd/student"):
+                student = self._run_student(part, losses)
+            contexts.append(self._context(part, student, teacher))
+        return contexts[0] if len(contexts) == 1 else join(*contexts), losses
+
+    def _canvas_of(self, batch) -> tuple[int, int]:
+        return self._padding.canvas([tuple(x["image"].shape[-2:]) for x in batch])
+
+    def _run_teacher(self, batch) -> dict:
+        images = self.teacher_images(batch)
+        theirs = scaled_size(self._canvas_of(batch), self.teacher_scale)
+        return self.teacher.observe(images, theirs, self.image_format)
+
+    def _run_student(self, batch, losses: dict) -> dict:
+        """What its taps give; losses of labelled images are added to ``losses``."""
+        canvas = self._canvas_of(batch)
+        with self._padding.applied():
+            if batch[0].get(FLAG):
+                student = observe_unlabelled(self.student, self._taps, batch, canvas)
+            else:
+                with self._taps.record():
+                    losses.update(self.student(batch))
+                student = {name: self._taps[name] for name in self._taps.specs}
+        self._taps.clear()
         if self._canvas.size != canvas:
             raise ConfigError(
                 f"MODEL.META_ARCHITECTURE {type(self.student).__name__} padded the batch to "
                 f"{self._canvas.size}, the teacher saw {canvas}; say how it pads with "
                 "register_detector(padding=...)"
             )
-        return self._context(batched_inputs, sizes, canvas, student, teacher), losses
+        return student
 
     def teacher_images(self, batched_inputs: list[dict]) -> list[torch.Tensor]:
         """Per image what the teacher sees, (3, H, W): ``image`` at scale 1, else ``image_teacher``.
@@ -185,8 +211,9 @@ class DistillMetaArch(nn.Module):
                 )
         return [x["image_teacher"] for x in batched_inputs]
 
-    def _context(self, batch, sizes, canvas, student, teacher) -> DistillContext:
+    def _context(self, batch, student, teacher) -> DistillContext:
         iteration = get_event_storage().iter
+        sizes = [tuple(x["image"].shape[-2:]) for x in batch]
         gt = None
         if all("instances" in x for x in batch):
             gt = [x["instances"].to(self.device) for x in batch]
@@ -194,7 +221,7 @@ class DistillMetaArch(nn.Module):
         return DistillContext(
             iteration=iteration,
             image_sizes=sizes,
-            canvas=canvas,
+            canvas=self._canvas_of(batch),
             gt=gt,
             student_features=student.pop("features"),
             teacher_features={ours: theirs[level] for ours, level in self.level_map.items()},
@@ -214,16 +241,17 @@ class DistillMetaArch(nn.Module):
         """All heads' losses, schedules and multipliers applied, computed without autocast."""
         losses: dict[str, torch.Tensor] = {}
         for name, head in self.heads.items():
-            if head.needs_boxes and ctx.gt is None:
+            seen = context_of(head, name, ctx)
+            if head.needs_boxes and seen.gt is None:
                 raise DataError(f"KD.HEADS: {name} needs boxes, and this batch has no annotations")
             with (
                 torch.profiler.record_function(f"kd/{name}"),
                 torch.autocast(self.device.type, enabled=False),
             ):
-                own = head(ctx)
+                own = head(seen)
             factor = self.ramps[name](ctx.iteration)
             if self.balance is not None:
-                factor *= self.balance.factor(name, head, own, ctx)
+                factor *= self.balance.factor(name, head, own, seen)
             for key, loss in own.items():
                 if key in losses:
                     raise ConfigError(f"KD.HEADS: two heads return a loss named {key}")

@@ -15,6 +15,7 @@ import torch
 
 STEP = 0  # first word of a seed: keeps the streams of steps and of images apart
 IMAGE = 1
+UNLABELLED = 2  # images of KD.UNLABELED
 
 
 def seed_generators(*words: int, cuda: bool = False) -> None:

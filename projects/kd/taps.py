@@ -12,10 +12,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from detectron2.structures import ImageList
 from torch import nn
 
 from .errors import ConfigError
@@ -118,6 +119,22 @@ class FeatureTaps:
         if name not in self._values:
             raise RuntimeError(f"tap '{name}' ({self.paths.get(name)}) did not run in this step")
         return self._values[name]
+
+
+def run_tapped(
+    model: nn.Module, specs: Iterable[TapSpec], features: Mapping[str, Any], images: ImageList
+) -> None:
+    """Run the modules of taps that the backbone does not reach, each ``run`` once.
+
+    Args:
+        model: the detector.
+        specs: of the taps.
+        features: of its backbone.
+        images: the padded batch and the sizes before padding.
+    """
+    reached = [spec for spec in specs if spec.run is not None]
+    for run, with_images in dict.fromkeys((x.run, x.with_images) for x in reached):
+        run(model, features, *((images,) if with_images else ()))
 
 
 def _members(module: nn.Module) -> list[nn.Module]:

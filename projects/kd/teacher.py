@@ -26,7 +26,7 @@ from .levels import canvas_size, cut, needed_divisibility, square_side
 from .modeling.class_layers import map_classes
 from .modeling.narrow_maps import guard_narrow_maps
 from .shared_classes import SharedClasses
-from .taps import FeatureTaps, TapSpec
+from .taps import FeatureTaps, TapSpec, run_tapped
 from .weights.files import modules_in
 from .weights.loading import load_weights
 
@@ -172,12 +172,8 @@ class Teacher:
                 features = self.model.backbone(tensor)
                 inside = {} if padded == canvas else self._cut_taps(features, canvas)
                 features = inside.get("features", features)
-                tensor = tensor[..., : canvas[0], : canvas[1]]
-                specs = [spec for spec in self.taps.specs.values() if spec.run is not None]
-                # taps of one head share the function that runs it
-                for run, with_images in dict.fromkeys((x.run, x.with_images) for x in specs):
-                    extra = (ImageList(tensor, sizes),) if with_images else ()
-                    run(self.model, features, *extra)
+                seen = ImageList(tensor[..., : canvas[0], : canvas[1]], sizes)
+                run_tapped(self.model, self.taps.specs.values(), features, seen)
             return {name: inside.get(name, self.taps[name]) for name in self.taps.specs}
         finally:
             self.taps.clear()

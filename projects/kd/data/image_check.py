@@ -49,14 +49,14 @@ class Finding(NamedTuple):
 
 
 def check_images(cfg: CfgNode, training: bool) -> None:
-    """Read the header of every image of DATASETS.TRAIN and DATASETS.TEST, in parallel.
+    """Read the header of every image of DATASETS (and of KD.UNLABELED's), in parallel.
 
     Each process looks at its share, and all know what was found. It ends after
     DATALOADER.IMAGE_CHECK_SECONDS.
 
     Args:
         cfg: with KD.DATASETS registered.
-        training: False leaves DATASETS.TRAIN out.
+        training: False leaves DATASETS.TRAIN and KD.UNLABELED out.
 
     Raises:
         DataError: names the first image that cannot be used, and counts the others.
@@ -96,7 +96,9 @@ def check_images(cfg: CfgNode, training: bool) -> None:
 
 def images_of(cfg: CfgNode, training: bool) -> list[ImageFile]:
     """The images of all data sets of a run, each once."""
-    keys = [(cfg.DATASETS.TRAIN, _train_sizes(cfg))] if training else []
+    keys = []
+    if training:
+        keys.append(((*cfg.DATASETS.TRAIN, *cfg.KD.UNLABELED.DATASETS), _train_sizes(cfg)))
     keys.append((cfg.DATASETS.TEST, _test_sizes(cfg)))
     files: dict[tuple, ImageFile] = {}
     for names, sizes in keys:

@@ -77,11 +77,18 @@ class UsableLabels:
         return example
 
 
-def crop_after_resize(cfg: CfgNode) -> list[T.Augmentation]:
-    """detectron2's augmentations with INPUT.CROP behind the resize (INPUT.CROP.AFTER_RESIZE)."""
+def crop_after_resize(cfg: CfgNode, labelled: bool = True) -> list[T.Augmentation]:
+    """detectron2's augmentations with INPUT.CROP behind the resize (INPUT.CROP.AFTER_RESIZE).
+
+    Args:
+        cfg: the full config.
+        labelled: False: the crop asks for no label map.
+    """
     if not cfg.INPUT.CROP.ENABLED:
         raise ConfigError("INPUT.CROP.AFTER_RESIZE needs INPUT.CROP.ENABLED True")
     resize, *others = build_augmentation(cfg, is_train=True)
+    if not labelled:
+        return [resize, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE), *others]
     crop = T.RandomCrop_CategoryAreaConstraint(
         cfg.INPUT.CROP.TYPE,
         cfg.INPUT.CROP.SIZE,

@@ -10,9 +10,9 @@ a resumed run skips to its place by drawing indices alone, without reading an im
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, get_detection_dataset_dicts
@@ -22,15 +22,16 @@ from detectron2.data.samplers import (
     TrainingSampler,
 )
 from detectron2.utils import comm
-from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..detectors import reads_label_maps
 from ..errors import ConfigError, DataError
 from ..files import require_pickles
-from ..seeding import IMAGE, seed_generators
+from ..seeding import UNLABELLED
 from ..stopping import serve_on
 from .mapper import build_train_mapper
+from .streams import GroupedBatchSampler, JoinedBatches, SeededDataset, Streams, aspect_groups
+from .unlabelled import KEY, WithoutLabels, load_unlabelled, unlabelled_in_a_process
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ def build_train_loader(
 ) -> TrainLoader:
     """An endless loader of this rank's batches, each a list of mapped dicts.
 
-    A batch holds SOLVER.IMS_PER_BATCH / number of ranks images.
+    A batch holds SOLVER.IMS_PER_BATCH / number of ranks images, and behind them, marked by
+    ``unlabeled``, KD.UNLABELED.IMAGES_PER_BATCH / number of ranks without labels.
 
     Args:
         cfg: the full config.
@@ -64,22 +66,16 @@ def build_train_loader(
         )
     if seed is None:
         seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-    images = load_dataset_dicts(cfg, cfg.DATASETS.TRAIN)
-    if isinstance(images, IterableDataset):
-        raise ConfigError("DATASETS.TRAIN: a streamed (iterable) data set cannot be resumed")
-    batches = GroupedBatchSampler(
-        build_sampler(cfg, images, seed),
-        aspect_groups(images) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
-        cfg.SOLVER.IMS_PER_BATCH // ranks,
-        skip=start_iter * cfg.SOLVER.ACCUM_STEPS,
-    )
-    if isinstance(images, list):
-        if mapper is None:
-            images = without_unused(cfg, images)
-        images = DatasetFromList(images, copy=False)
+    skip = start_iter * cfg.SOLVER.ACCUM_STEPS
+    parts = []
+    if cfg.DATASETS.TRAIN or not cfg.KD.UNLABELED.DATASETS:
+        parts.append(_labelled(cfg, seed, cfg.SOLVER.IMS_PER_BATCH // ranks, skip, mapper))
+    if cfg.KD.UNLABELED.DATASETS:
+        parts.append(_unlabelled(cfg, seed, unlabelled_in_a_process(cfg, ranks), skip))
+    dataset, batches = parts[0] if len(parts) == 1 else _both(parts)
     return TrainLoader(
         DataLoader(
-            SeededDataset(images, mapper or build_train_mapper(cfg), seed, comm.get_rank()),
+            dataset,
             batch_sampler=batches,
             num_workers=cfg.DATALOADER.NUM_WORKERS,
             collate_fn=list,
@@ -87,6 +83,47 @@ def build_train_loader(
             pin_memory=torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu",
         )
     )
+
+
+def _labelled(cfg: CfgNode, seed: int, size: int, skip: int, mapper) -> tuple[Dataset, Sampler]:
+    """Images of DATASETS.TRAIN and their batches in this process."""
+    images = load_dataset_dicts(cfg, cfg.DATASETS.TRAIN)
+    if isinstance(images, IterableDataset):
+        raise ConfigError("DATASETS.TRAIN: a streamed (iterable) data set cannot be resumed")
+    batches = GroupedBatchSampler(
+        build_sampler(cfg, images, seed),
+        aspect_groups(images) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
+        size,
+        skip=skip,
+    )
+    if isinstance(images, list):
+        if mapper is None:
+            images = without_unused(cfg, images)
+        images = DatasetFromList(images, copy=False)
+    return SeededDataset(images, mapper or build_train_mapper(cfg), seed, comm.get_rank()), batches
+
+
+def _unlabelled(cfg: CfgNode, seed: int, size: int, skip: int) -> tuple[Dataset, Sampler]:
+    """The same of KD.UNLABELED.DATASETS, by random numbers of their own.
+
+    So the labelled part of each batch is what it is without them.
+    """
+    images = load_unlabelled(cfg.KD.UNLABELED.DATASETS)
+    own = int(np.random.SeedSequence((UNLABELLED, seed)).generate_state(1)[0])
+    batches = GroupedBatchSampler(
+        TrainingSampler(len(images), seed=own),
+        aspect_groups(images, KEY) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
+        size,
+        skip=skip,
+    )
+    mapper = WithoutLabels(build_train_mapper(cfg, labelled=False))
+    images = DatasetFromList(images, copy=False)
+    return SeededDataset(images, mapper, seed, comm.get_rank(), UNLABELLED), batches
+
+
+def _both(parts: Sequence[tuple[Dataset, Sampler]]) -> tuple[Dataset, Sampler]:
+    datasets, batches = zip(*parts, strict=True)
+    return Streams(datasets), JoinedBatches(batches)
 
 
 def without_unused(cfg: CfgNode, images: list[dict]) -> list[dict]:
@@ -130,91 +167,6 @@ class TrainLoader:
                 yield batch
         finally:
             del stream  # ends the workers; left to the garbage collector that takes 5 s for each
-
-
-class SeededDataset(Dataset):
-    """Maps (position, index) to a training example that depends on nothing else.
-
-    Args:
-        images: data set dicts by index.
-        mapper: dict -> example, or None: then an image drawn by the position takes its place.
-        seed, rank: of the run and the process.
-
-    A :class:`DataError` is returned, not raised: raised in a worker process it would reach the
-    user as a traceback in text form.
-    """
-
-    def __init__(self, images: Sequence[dict], mapper: Callable, seed: int, rank: int):
-        self.images = images
-        self.mapper = PicklableWrapper(mapper)
-        self.seed = seed
-        self.rank = rank
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict | DataError:
-        position, index = key
-        refused: set[int] = set()
-        while len(refused) < len(self.images):
-            seed_generators(IMAGE, self.seed, self.rank, position, len(refused))
-            try:
-                example = self.mapper(self.images[index])
-            except DataError as error:
-                return error
-            if example is not None:
-                return example
-            refused.add(index)
-            if len(refused) == 3:
-                logger.warning(f"the mapper refused {len(refused)} images in a row, last {index}")
-            choice = random.Random(f"{self.seed} {self.rank} {position} {len(refused)}")
-            while index in refused and len(refused) < len(self.images):
-                index = choice.randrange(len(self.images))
-        return DataError("DATASETS.TRAIN: the mapper refuses the images (it returns None)")
-
-
-class GroupedBatchSampler(Sampler):
-    """Batches of (position, index) whose images are all wide, or all not.
-
-    As in detectron2 an image joins the batch of its group that is being filled, and batches come
-    in the order in which they fill up.
-
-    Args:
-        indices: this rank's endless image indices.
-        groups: group number of every image; None = one group.
-        size: images in a batch.
-        skip: batches to leave out at the start.
-    """
-
-    def __init__(self, indices: Sampler, groups: Sequence[int] | None, size: int, skip: int = 0):
-        self.indices = indices
-        self.groups = groups
-        self.size = size
-        self.skip = skip
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        filling: dict[int, list] = {}
-        batches = 0
-        for position, index in enumerate(self.indices):
-            group = 0 if self.groups is None else self.groups[index]
-            batch = filling.setdefault(group, [])
-            batch.append((position, index))
-            if len(batch) == self.size:
-                del filling[group]
-                batches += 1
-                if batches > self.skip:
-                    yield batch
-
-
-def aspect_groups(images: Sequence[dict]) -> bytes:
-    """One byte an image: 1 if it is wider than high, else 0."""
-    try:
-        return bytes(int(image["width"] > image["height"]) for image in images)
-    except KeyError as error:
-        raise ConfigError(
-            f"DATALOADER.ASPECT_RATIO_GROUPING needs {error} of every image in DATASETS.TRAIN; "
-            "give it or set the key to False"
-        ) from error
 
 
 def load_dataset_dicts(cfg: CfgNode, names: Sequence[str]):

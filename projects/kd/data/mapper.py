@@ -208,15 +208,20 @@ class NamedErrors:
             raise DataError(f"{name}: image cannot be read: {error}") from error
 
 
-def build_train_mapper(cfg: CfgNode) -> Callable[[dict], dict | None]:
-    """The mapper of training, as INPUT, MODEL.MASK_ON, KD.TEACHER.INPUT_SCALE, ... set it."""
+def build_train_mapper(cfg: CfgNode, labelled: bool = True) -> Callable[[dict], dict | None]:
+    """The mapper of training, as INPUT, MODEL.MASK_ON, KD.TEACHER.INPUT_SCALE, ... set it.
+
+    Args:
+        cfg: the full config.
+        labelled: False: for images without annotations and label maps.
+    """
     own = {}
     if cfg.INPUT.DETR_AUGMENTATION:
         own["augmentations"] = detr_augmentations(cfg)
     elif cfg.INPUT.CROP.AFTER_RESIZE:
-        own["augmentations"] = crop_after_resize(cfg)
+        own["augmentations"] = crop_after_resize(cfg, labelled)
     mapper = TrainMapper(cfg, is_train=True, **own)
-    if offers(cfg.MODEL.META_ARCHITECTURE, "sem_seg"):
+    if labelled and offers(cfg.MODEL.META_ARCHITECTURE, "sem_seg"):
         head = cfg.MODEL.SEM_SEG_HEAD
         mapper = UsableLabels(mapper, head.NUM_CLASSES, head.IGNORE_VALUE)
     return NamedErrors(mapper)

@@ -12,6 +12,7 @@ from detectron2.data import MetadataCatalog
 
 from ..errors import ConfigError, DataError
 from .coco_json import CocoSummary, Tally, inspect_annotations
+from .slices import base_of
 
 
 def check_data_sets(cfg: CfgNode, training: bool) -> None:
@@ -30,7 +31,7 @@ def check_data_sets(cfg: CfgNode, training: bool) -> None:
             if summary is not None:
                 _check_training_set(cfg, summary)
             _check_keypoints(cfg, name, summary, training=True)
-        if all(summary is not None and not summary.objects.count for summary in held.values()):
+        if held and all(x is not None and not x.objects.count for x in held.values()):
             paths = ", ".join(summary.path for summary in held.values())
             raise DataError(f"{paths}: no annotation to train on")
     for name in cfg.DATASETS.TEST:
@@ -41,8 +42,11 @@ def check_data_sets(cfg: CfgNode, training: bool) -> None:
 
 
 def checked_summary(name: str) -> CocoSummary | None:
-    """What a data set's annotation file holds; None for data sets that others load."""
-    metadata = MetadataCatalog.get(name)
+    """What a data set's annotation file holds; None for data sets that others load.
+
+    Of a part of a data set: what the whole file holds.
+    """
+    metadata = MetadataCatalog.get(base_of(name))
     return inspect_annotations(metadata.json_file) if metadata.get("checked_annotations") else None
 
 

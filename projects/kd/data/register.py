@@ -19,6 +19,8 @@ from .coco_fields import keypoint_names, skeleton
 from .coco_json import inspect_annotations
 from .sem_seg import register_sem_seg_datasets
 from .shapes import register_shapes
+from .slices import base_of, register_slice
+from .unlabelled import register_folder
 from .visdrone import register_visdrone
 
 # metadata that give an index its meaning, and what is indexed
@@ -40,7 +42,8 @@ def register_configured(cfg, class_order: Sequence[str] | None = None) -> None:
     """Register each ``[name, json file, image folder]`` of ``cfg.KD.DATASETS``.
 
     A fourth value is the data set's ``evaluator_type``, "coco" where there is none. Those of
-    ``cfg.KD.SEM_SEG_DATASETS`` too (:mod:`.sem_seg`).
+    ``cfg.KD.SEM_SEG_DATASETS`` too (:mod:`.sem_seg`), parts of data sets that DATASETS.TRAIN or
+    KD.UNLABELED.DATASETS names (:mod:`.slices`), and folders in the latter.
 
     Paths may be relative to the working directory and may hold ``~`` and ``$VARIABLES``. Doing it
     again with the same entries changes nothing. Annotations are checked here, image files when the
@@ -57,11 +60,15 @@ def register_configured(cfg, class_order: Sequence[str] | None = None) -> None:
         DataError: see :func:`~projects.kd.data.coco_json.inspect_annotations`.
     """
     if class_order is None:
-        trained = cfg.DATASETS.TRAIN[:1]
+        trained = [base_of(name) for name in cfg.DATASETS.TRAIN[:1]]
         class_order = names_by_kind([cfg], *trained).get("thing_classes", ()) if trained else ()
     for entry in _entries(cfg):
         register_coco_data(*entry, class_order=class_order)
     register_sem_seg_datasets(cfg)
+    for name in (*cfg.DATASETS.TRAIN, *cfg.KD.UNLABELED.DATASETS):
+        register_slice(name)
+    for name in cfg.KD.UNLABELED.DATASETS:
+        register_folder(name)
 
 
 def names_by_kind(cfgs: Iterable, dataset: str) -> dict[str, list[str]]:

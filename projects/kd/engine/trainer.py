@@ -18,6 +18,7 @@ from torch import nn
 
 from .. import stopping
 from ..data.loader import build_train_loader
+from ..data.unlabelled import scale_unlabelled
 from ..distiller import build_training_model, student_of
 from ..errors import ConfigError, Stopped
 from ..files import replacing, writable_folder
@@ -72,7 +73,7 @@ class DistillTrainer(DefaultTrainer):
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         hide_user_errors()
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = scale_unlabelled(cfg, DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()))
         self.cfg = cfg
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.start_iter = 0

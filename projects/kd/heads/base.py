@@ -35,6 +35,7 @@ class ImitationHead(nn.Module):
         supports: the student meta-archs that it works with; () = all that offer ``requires``.
         targets: values of KD.<HEAD>.TARGET, if the head has this key.
         needs_boxes: the head reads ground-truth boxes.
+        needs_label_maps: the head reads label maps.
         predicts: the head runs the student's detection head a second time (timing counts it apart).
         compares: metadata ("thing_classes", "stuff_classes", "keypoint_names") whose predictions
             are compared one by one, so teacher and data set must have the same names.
@@ -54,6 +55,7 @@ class ImitationHead(nn.Module):
     extra_taps: Mapping[str, Mapping[str, TapSpec]] = {}
     supports: tuple[str, ...] = ()
     needs_boxes: bool = False
+    needs_label_maps: bool = False
     predicts: bool = False
     compares: tuple[str, ...] = ()
 

@@ -48,6 +48,7 @@ class IFVD(MapImitation):
         self.num_classes = num_classes
         self.ignore = ignore
         self.needs_boxes = labels == "boxes"
+        self.needs_label_maps = labels == "sem_seg"
 
     @classmethod
     def from_config(cls, cfg, student, teacher):

@@ -38,6 +38,7 @@ class Mimic(ImitationHead):
         super().__init__(**base)
         self.adapters = adapters
         self.mask = mask
+        self.needs_boxes = mask == "gt_box"
 
     @classmethod
     def from_config(cls, cfg, student, teacher):
@@ -68,7 +69,7 @@ def box_mask(ctx: DistillContext, level: str) -> torch.Tensor:
     y = (torch.arange(rows, device=feature.device) + 0.5) * stride
     x = (torch.arange(columns, device=feature.device) + 0.5) * stride
     mask = torch.zeros(n, 1, rows, columns, dtype=torch.bool, device=feature.device)
-    for image, instances in enumerate(ctx.gt or ()):
+    for image, instances in enumerate(ctx.gt):
         x1, y1, x2, y2 = instances.gt_boxes.tensor.T[..., None]
         inside_y = (y >= y1) & (y < y2)
         inside_x = (x >= x1) & (x < x2)
