@@ -14,7 +14,7 @@ from projects.kd.engine.writers import LogFile, build_writers, keep_before
 
 
 def write_steps(folder, start, steps, period=2):
-    made = build_writers(str(folder), start, 100)[1:]
+    made = build_writers(str(folder), start)
     with EventStorage(start) as storage:
         for iteration in range(start, start + steps):
             storage.iter = iteration

@@ -37,10 +37,12 @@ from .hooks import (
     set_floats,
 )
 from .inherit import inherit
+from .learning import LearningCheck
 from .loop import TrainLoop
 from .optim import MAIN, build_optimizations
 from .outcome import FINAL, FinishHook, Outcome
 from .processes import wrap_ddp
+from .progress import Progress
 from .resume import (
     changes_since,
     config_text,
@@ -57,7 +59,7 @@ logger = logging.getLogger(__name__)
 class DistillTrainer(DefaultTrainer):
     """Trains what :func:`~projects.kd.distiller.build_training_model` gives for a config.
 
-    Hooks, writers, file names and log format are detectron2's. What differs: the loop
+    Hooks, writers and file names are detectron2's. What differs: the loop
     (:class:`~projects.kd.engine.loop.TrainLoop`), the loader, and checkpoints of the student that
     ``--resume`` continues exactly. Exact means: the same config, number of processes, software and
     machine, and operations that are themselves deterministic, as on a CPU. Random numbers need no
@@ -170,8 +172,8 @@ class DistillTrainer(DefaultTrainer):
             logger.info(f"Full config saved to {path}")
 
     def build_writers(self) -> list:
-        """Console, metrics.json and event files, from the iteration that is the first."""
-        return build_writers(self.cfg.OUTPUT_DIR, self.start_iter, self.max_iter)
+        """metrics.json and event files, from the iteration that is the first."""
+        return build_writers(self.cfg.OUTPUT_DIR, self.start_iter)
 
     def build_hooks(self) -> list:
         """detectron2's hooks, on all ranks, with the other learning rates and the average."""
@@ -191,6 +193,10 @@ class DistillTrainer(DefaultTrainer):
         if comm.is_main_process():
             if cfg.KD.META_ARCHITECTURE:
                 result.append(LossBalance(cfg.SOLVER.GATHER_METRIC_PERIOD))
+            heads = cfg.KD.HEADS if cfg.KD.META_ARCHITECTURE else ()
+            result.append(LearningCheck(cfg, lambda: self.checkpointer.whole))
+            period = max(20, cfg.SOLVER.GATHER_METRIC_PERIOD)  # the losses are there by then
+            result.append(Progress(heads, period, self.outcome.best))
             result.append(PeriodicWriter(self.build_writers, period=20))
         return [hook for hook in result if hook is not None]
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
 
 from ..errors import disk_fault
@@ -24,18 +24,16 @@ METRICS = "metrics.json"
 _numbers = itertools.count()
 
 
-def build_writers(folder: str, start_iter: int, max_iter: int) -> list[EventWriter]:
-    """detectron2's writers: console, metrics.json and TensorBoard's event file.
+def build_writers(folder: str, start_iter: int) -> list[EventWriter]:
+    """detectron2's writers of files: metrics.json and TensorBoard's event file.
 
     Args:
         folder: OUTPUT_DIR, which exists.
         start_iter: the first iteration of this process. What metrics.json has of it and of later
             ones is of steps that were lost and are taken again, and goes.
-        max_iter: SOLVER.MAX_ITER, for the time left.
     """
     path = os.path.join(folder, METRICS)
     return [
-        CommonMetricPrinter(max_iter),
         Tolerant(METRICS, lambda: MetricsFile(path, start_iter)),
         Tolerant("the event file of TensorBoard", lambda: EventFiles(folder, start_iter)),
     ]
@@ -47,10 +45,13 @@ class Tolerant(EventWriter):
     Args:
         what: for that message.
         make: builds the writer, at the first write.
+        errors: what counts as a failure.
     """
 
-    def __init__(self, what: str, make: Callable[[], EventWriter]):
-        self.what, self.make = what, make
+    def __init__(
+        self, what: str, make: Callable[[], EventWriter], errors: type[Exception] = OSError
+    ):
+        self.what, self.make, self.errors = what, make, errors
         self.writer: EventWriter | None = None
         self.failed = False
 
@@ -70,9 +71,9 @@ class Tolerant(EventWriter):
             if self.writer is None:
                 self.writer = self.make()
             action()
-        except OSError as error:
+        except self.errors as error:
             self.failed = True
-            reason = disk_fault(error) or error
+            reason = disk_fault(error) or " ".join(str(error).split())
             logger.warning(f"{self.what} cannot be written: {reason}; training goes on without it")
 
 
