@@ -24,11 +24,12 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+
+from interpreters import find_python, minor, missing_modules, output_of
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 REQUIREMENTS = os.path.join(ROOT, "requirements")
@@ -86,7 +87,10 @@ def set_up(search, newest=False):
     if not newest and is_complete(None if search else running):  # newer ones come by themselves
         return 0
     if running not in SUPPORTED:
-        return run_with(find_python(running), flags)
+        python = find_python(SUPPORTED)
+        if python is None:
+            raise SetupError(wrong_python(running))
+        return run_with(python, flags)
     if os.path.realpath(sys.prefix) == os.path.realpath(VENV):
         return run_with(base_python(), flags)  # active: set it up from the Python it came from
     keep = not newest and not missing_modules(sys.executable, ["detectron2"])
@@ -110,11 +114,6 @@ def set_up(search, newest=False):
 # --- the interpreter ----------------------------------------------------------------------------
 
 
-def minor(version):
-    """``3.11`` of ``3.11.7 ...``."""
-    return ".".join(version.split()[0].split(".")[:2])
-
-
 def wrong_python(version):
     """The line for an interpreter that the pinned wheels do not exist for."""
     known = "3.10 to 3.12 are" if len(SUPPORTED) > 1 else SUPPORTED[0] + " is"
@@ -122,15 +121,6 @@ def wrong_python(version):
         f"Python {version} is not supported, {known}; install it and name it, as in "
         f"'make setup PYTHON=python{SUPPORTED[0]}'"
     )
-
-
-def find_python(running):
-    """Path of a supported interpreter on PATH that really starts."""
-    for version in SUPPORTED:
-        path = shutil.which("python" + version)
-        if path and minor(output_of(path, "import sys; print(sys.version)") or "none") == version:
-            return path
-    raise SetupError(wrong_python(running))
 
 
 def base_python():
@@ -144,33 +134,6 @@ def base_python():
 def run_with(python, flags=()):
     """This script under another interpreter; its exit status."""
     return subprocess.call([python, os.path.abspath(__file__), "--search", *flags])
-
-
-def output_of(python, code, *arguments):
-    """What ``code`` prints under ``python``, None when it fails. No project folder on sys.path."""
-    with tempfile.TemporaryDirectory() as neutral:
-        result = subprocess.run(
-            [python, "-W", "ignore", "-c", code, *arguments],
-            cwd=neutral,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-    return result.stdout.decode() if result.returncode == 0 else None
-
-
-def missing_modules(python, modules):
-    """Those of ``modules`` that ``python`` cannot import."""
-    code = (
-        "import importlib, sys\n"
-        "for name in sys.argv[1:]:\n"
-        "    try: importlib.import_module(name)\n"
-        "    except BaseException: print('missing:' + name)\n"
-    )
-    printed = output_of(python, code, *modules)
-    if printed is None:  # a module took the interpreter down with it
-        return list(modules)
-    lines = printed.splitlines()
-    return [line[len("missing:") :] for line in lines if line.startswith("missing:")]
 
 
 # --- what is there ------------------------------------------------------------------------------

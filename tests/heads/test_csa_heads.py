@@ -15,12 +15,9 @@ from kd_testing import CHANNELS, toy_retinanet
 from prediction_contract import prediction_context
 from torch import nn
 
-from projects.kd import detectors
 from projects.kd.analysis.assistant import AssistantDetector
-from projects.kd.detectors import register_detector
 from projects.kd.errors import ConfigError
-from projects.kd.predict import predictor_for, with_modules
-from projects.kd.predict.retinanet import RetinaNetPredictor
+from projects.kd.predict import predictor_for
 
 SMALL = {"KD__CSA__DIM": 16, "KD__CSA__HEADS": 4, "SOLVER__MAX_ITER": 90}
 FAMILIES = ["RetinaNet", "FCOS", "GFL", "Mask R-CNN", "Cascade R-CNN"]
@@ -344,31 +341,3 @@ def test_teachers_whose_head_does_not_fit(name, teacher, words, tmp_path):
 def test_wrong_keys(node, words):
     with pytest.raises(ConfigError, match=words):
         build(**node)
-
-
-def test_a_predictor_of_ones_own_may_name_no_modules(monkeypatch):
-    class Silent(RetinaNetPredictor):
-        name = "Silent"
-        modules = ()
-
-    monkeypatch.setattr(detectors, "_DETECTORS", {})
-    register_detector("RetinaNet", predictor=Silent)
-    assert build(HEAD="student").head.parts is None
-    with pytest.raises(ConfigError, match=r"^KD\.CSA\.HEAD 'copy': .*Silent.*Predictor\.modules"):
-        build(HEAD="copy")
-
-
-def test_a_view_shares_all_but_the_exchanged_modules():
-    model = kd_models.build(detector_cfg("Faster R-CNN"))
-    before = dict(model.named_modules())
-    paths = predictor_for(model).modules
-    others = {path: nn.Identity() for path in paths}
-    view = with_modules(model, others)
-    assert dict(model.named_modules()) == before, "the model is as it was"
-    for path, module in before.items():
-        owners = [x for x in paths if x.startswith(f"{path}.") or path in ("", x)]
-        if any(path.startswith(f"{x}.") for x in paths):
-            continue
-        assert (view.get_submodule(path) is module) == (not owners), path
-    assert all(view.get_submodule(path) is others[path] for path in paths)
-    assert view.roi_heads.box_pooler is model.roi_heads.box_pooler

@@ -1,4 +1,4 @@
-"""CSA in the trainer: two optimizers, idleness to the bit, the end of the warm-up, resume."""
+"""CSA learns, and in the trainer: two optimizers, idleness to the bit, end of warm-up, resume."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import kd_models
 import pytest
 import torch
 import toy_data
+from detectron2.utils.events import EventStorage
+from heads.test_csa import build
 from kd_runs import interrupt
+from kd_testing import CHANNELS
+from prediction_contract import prediction_context
 
 from projects.kd.engine.trainer import DistillTrainer
 from projects.kd.schedule import Ramp, build_ramp
@@ -191,3 +195,26 @@ def test_the_checkpoints_student_is_the_plain_one(teacher, tmp_path):
         k: v.shape for k, v in plain.state_dict().items()
     }
     assert all(key.startswith("CSA.") for key in saved["distill"])
+
+
+def test_an_assistant_learns_what_the_student_does_not_know():
+    """The teacher's features say where objects are, the student's are noise."""
+    head = build(RATES=[[level, 2, 1] for level in ("p3", "p4", "p5")], POSITIONS=True)
+    optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
+    curve = []
+    for step in range(40):
+        ctx = prediction_context(channels=(CHANNELS, CHANNELS + 2), seed=step)
+        with torch.no_grad():
+            for level, x in ctx.teacher_features.items():
+                x.zero_()
+                for image, gt in enumerate(ctx.gt):
+                    for x0, y0, x1, y1 in (gt.gt_boxes.tensor / ctx.stride(level)).tolist():
+                        x[image, :, int(y0) : int(y1) + 1, int(x0) : int(x1) + 1] = 1.0
+        optimizer.zero_grad()
+        with EventStorage():
+            losses = head(ctx)
+        loss = losses["loss_aux_csa_cls"] + losses["loss_aux_csa_box_reg"]
+        loss.backward()
+        optimizer.step()
+        curve.append(loss.item())
+    assert sum(curve[-5:]) < 0.8 * sum(curve[:5])

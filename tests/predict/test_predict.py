@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 
+import kd_models
 import pytest
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from heads.test_csa import build
+from kd_detectors import detector_cfg
 from kd_testing import toy_retinanet
 from torch import nn
 
@@ -20,9 +23,10 @@ from projects.kd.predict import (
     Predictor,
     call_constant,
     predictor_for,
+    with_modules,
 )
 from projects.kd.predict.dense import decode, flatten_cells, match_anchors, unflatten_cells
-from projects.kd.predict.retinanet import normaliser_at_rest
+from projects.kd.predict.retinanet import RetinaNetPredictor, normaliser_at_rest
 
 
 def test_a_constant_call_passes_gradients_and_leaves_the_module_alone():
@@ -180,3 +184,31 @@ def test_registration_by_meta_arch_base_class_and_fit(monkeypatch):
     assert type(found) is Large and found.model is model
     assert predictor_for(model) is found, "made once"
     assert predictor_for(copy.deepcopy(model)).model is not model
+
+
+def test_a_predictor_of_ones_own_may_name_no_modules(monkeypatch):
+    class Silent(RetinaNetPredictor):
+        name = "Silent"
+        modules = ()
+
+    monkeypatch.setattr(detectors, "_DETECTORS", {})
+    register_detector("RetinaNet", predictor=Silent)
+    assert build(HEAD="student").head.parts is None
+    with pytest.raises(ConfigError, match=r"^KD\.CSA\.HEAD 'copy': .*Silent.*Predictor\.modules"):
+        build(HEAD="copy")
+
+
+def test_a_view_shares_all_but_the_exchanged_modules():
+    model = kd_models.build(detector_cfg("Faster R-CNN"))
+    before = dict(model.named_modules())
+    paths = predictor_for(model).modules
+    others = {path: nn.Identity() for path in paths}
+    view = with_modules(model, others)
+    assert dict(model.named_modules()) == before, "the model is as it was"
+    for path, module in before.items():
+        owners = [x for x in paths if x.startswith(f"{path}.") or path in ("", x)]
+        if any(path.startswith(f"{x}.") for x in paths):
+            continue
+        assert (view.get_submodule(path) is module) == (not owners), path
+    assert all(view.get_submodule(path) is others[path] for path in paths)
+    assert view.roi_heads.box_pooler is model.roi_heads.box_pooler

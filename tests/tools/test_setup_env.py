@@ -82,7 +82,8 @@ def tree(tmp_path):
     project = tmp_path / "project"
     (project / "dev").mkdir(parents=True)
     (project / "requirements").mkdir()
-    shutil.copy(ROOT / "dev" / "setup_env.py", project / "dev")
+    for name in ("setup_env.py", "interpreters.py"):
+        shutil.copy(ROOT / "dev" / name, project / "dev")
     (project / "backend.py").write_text(BACKEND)
     (project / "pyproject.toml").write_text(PYPROJECT)
     (project / "own_package.py").write_text("VERSION = 'in place'\n")
@@ -204,12 +205,14 @@ def test_a_package_that_cannot_be_imported_is_an_error_without_stamp(tree):
 def other_python(monkeypatch, tree):
     """The script as a module, in an interpreter that says it is Python 3.14."""
     monkeypatch.syspath_prepend(str(tree / "dev"))
-    sys.modules.pop("setup_env", None)
+    for name in ("setup_env", "interpreters"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     import setup_env
 
     monkeypatch.setattr(setup_env.sys, "version", "3.14.0 (main)")
     yield setup_env
-    sys.modules.pop("setup_env", None)
+    for name in ("setup_env", "interpreters"):
+        sys.modules.pop(name)
 
 
 def fake_interpreter(folder: Path, name: str, version: str, log: Path):
@@ -236,14 +239,23 @@ def test_wrong_default_python_hands_over_to_one_that_starts(
     fake_interpreter(folder, "python3.11", "3.9.1", log)  # does not keep its name's promise
     fake_interpreter(folder, "python3.12", "3.12.4", log)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-    monkeypatch.setattr(other_python.shutil, "which", lambda name: _which(folder, name))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: _which(folder, name))
     assert other_python.main(["--search"]) == 0
     called = log.read_text().split()
     assert called[0].endswith("python3.12")
     assert called[1].endswith("setup_env.py")
     assert called[2:] == ["--search"]
 
-    (folder / "python3.12").unlink()
+    # a shim that does not start stands for the one that pyenv installed
+    fake_interpreter(folder, "python3.12", "", log)
+    installed = tmp_path / "versions/3.12.4/bin"
+    installed.mkdir(parents=True)
+    fake_interpreter(installed, "python3.12", "3.12.4", log)
+    assert other_python.main(["--search"]) == 0
+    assert log.read_text().split()[0] == str(installed / "python3.12")
+
+    (installed / "python3.12").unlink()
     assert other_python.main(["--search"]) == 1
     assert "3.14 is not supported" in capsys.readouterr().err
 

@@ -1,63 +1,20 @@
 """Files of weights as other tools leave them: they load where that is clear, else say one line."""
 
-import os
-import pickle
 import random
 import struct
 
-import kd_models
 import numpy as np
 import pytest
 import torch
-import toy_data
 from safetensors.torch import save_file
 from torch import nn
+from weight_files import KEY, Small, loaded, random_state
 
-from projects.kd import check_config, evaluation
-from projects.kd.data.loader import load_dataset_dicts
-from projects.kd.engine.checkpoint import DistillCheckpointer
 from projects.kd.errors import ConfigError
-from projects.kd.files import is_zoo_file, may_unpickle, resolve_weights, split_query
-from projects.kd.modeling.conditional_detr_weights import read_weights
-from projects.kd.modeling.timm_weights import load_timm_weights
-from projects.kd.teacher import build_teacher
-from projects.kd.weights.files import read_torch_file
+from projects.kd.files import split_query
 from projects.kd.weights.loading import load_detector, load_weights
 
-KEY = "MODEL.WEIGHTS"
 WORDS = ("model", "state_dict", "module", "student", "net", "ema", "epoch", "a.b", "module.model")
-
-
-class Small(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.backbone = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
-        self.head = nn.ModuleDict({"cls": nn.Linear(2, 3), "box": nn.Linear(2, 4)})
-        self.register_buffer("mask", torch.tensor([0.0, -float("inf")]))
-
-
-def random_state(seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.rand(value.shape, generator=generator)
-        if value.is_floating_point()
-        else torch.ones_like(value)
-        for name, value in Small().state_dict().items()
-    }
-
-
-def loaded(path, key=KEY):
-    """What a fresh model holds after reading a file, or the one line that says why it does not."""
-    model = Small()
-    try:
-        missing = load_detector(model, str(path), key)
-    except ConfigError as error:
-        assert str(error).startswith(f"{key}: ") and "\n" not in str(error)
-        assert len(str(error)) < 600
-        return str(error)
-    assert missing == []
-    return model.state_dict()
 
 
 def same(one, other):
@@ -256,120 +213,3 @@ def test_home_variables_and_the_query(tmp_path, monkeypatch):
     assert split_query("a?b=c") == ("a", "b=c")
     assert "KD_UNSET is not set" in loaded("$KD_UNSET/w.pth")
     assert "is a folder, name a file of weights in it, w.pth" in loaded(tmp_path)
-
-
-class Trap:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, folder):
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
-
-ADDRESSES = (
-    "detectron2://../trap.pkl",
-    "detectron2://a/../../trap.pkl",
-    "detectron2:///../trap.pkl",
-    "https://dl.fbaipublicfiles.com/detectron2/../trap.pkl",
-    "https://dl.fbaipublicfiles.com/detectron2/a/../../trap.pkl",
-    "https://dl.fbaipublicfiles.com/detectron2/./../trap.pkl",
-    "https://example.com/trap.pkl",
-)
-
-
-@pytest.fixture
-def trap(tmp_path, monkeypatch):
-    """Pickles that run code, at every place where an address may lead; whether it has run."""
-    folder = tmp_path / "ran"
-    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
-    for place in (
-        "cache/trap.pkl",
-        "cache/detectron2/a/x",
-        "trap.pkl",
-        "cache/detectron2/trap.pkl",
-    ):
-        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp_path / place, "wb") as file:
-            pickle.dump({"model": Trap(folder)}, file)
-    for name in ("trap.pth", "trap.pyth", "trap.safetensors", "old.pth"):
-        old = name.startswith("old")
-        content = {"model": random_state(), "x": Trap(folder)}
-        torch.save(content, tmp_path / name, _use_new_zipfile_serialization=not old)
-    yield tmp_path
-    assert not folder.exists()
-
-
-@pytest.mark.parametrize("address", ADDRESSES)
-def test_addresses_that_are_not_plain_are_not_the_zoos(trap, address):
-    assert not is_zoo_file(address)
-    for name in (address, f"{address}?matching_heuristics=True"):
-        assert "KD.ALLOW_PICKLE" in loaded(name)
-    with pytest.raises(ConfigError, match=r"^MODEL\.WEIGHTS.*ALLOW_PICKLE"):
-        DistillCheckpointer(Small()).resume_or_load(address, resume=False)
-
-
-def test_the_teachers_weights_ask_too(trap):
-    teacher = kd_models.write_config(kd_models.tiny_cfg(), trap / "teacher.yaml")
-    for name in (ADDRESSES[0], str(trap / "trap.pth")):
-        with pytest.raises(ConfigError, match=r"^KD\.TEACHER\.WEIGHTS.*ALLOW_PICKLE"):
-            build_teacher(kd_models.distill_cfg((teacher, name)))
-
-
-@pytest.mark.parametrize(
-    "name", ["trap.pkl", "trap.pth", "trap.pyth", "trap.safetensors", "old.pth"]
-)
-def test_every_reader_of_weights_asks_before_code_runs(trap, name):
-    path = str(trap / name)
-    roads = [
-        lambda: load_detector(Small(), path, KEY),
-        lambda: DistillCheckpointer(Small()).resume_or_load(path, resume=False),
-        lambda: DistillCheckpointer(Small()).resume_or_load(path, resume=True),
-        lambda: read_torch_file(path, KEY),
-        lambda: load_timm_weights(Small(), path),
-        lambda: read_weights(path),
-    ]
-    for road in roads:
-        with pytest.raises(ConfigError) as caught:
-            road()
-        assert "\n" not in str(caught.value)
-    run = trap / "run"
-    run.mkdir()
-    (run / "model_0000001.pth").write_bytes((trap / name).read_bytes())
-    (run / "last_checkpoint").write_text("model_0000001.pth")
-    with pytest.raises(ConfigError, match="^--resume"):
-        DistillCheckpointer(Small(), str(run)).resume_or_load("", resume=True)
-
-
-def test_proposal_files_ask_like_all_pickles(trap):
-    toy_data.register_noise(trap, "noise_proposals")
-    files = (str(trap / "trap.pkl"),)
-    cfg = kd_models.tiny_cfg(
-        "GeneralizedRCNN",
-        MODEL__LOAD_PROPOSALS=True,
-        DATASETS__TRAIN=("noise_proposals",),
-        DATASETS__TEST=("noise_proposals",),
-        DATASETS__PROPOSAL_FILES_TRAIN=files,
-        DATASETS__PROPOSAL_FILES_TEST=files,
-    )
-    for road, key in (
-        (lambda: check_config(cfg), "PROPOSAL_FILES_TEST"),
-        (lambda: load_dataset_dicts(cfg, cfg.DATASETS.TRAIN), "PROPOSAL_FILES_TRAIN"),
-        (lambda: evaluation.evaluate(cfg, nn.Identity()), "PROPOSAL_FILES_TEST"),
-    ):
-        with pytest.raises(ConfigError, match=rf"^DATASETS\.{key}.*KD\.ALLOW_PICKLE"):
-            road()
-
-
-def test_the_zoos_files_have_the_zoos_digest(tmp_path):
-    name = "detectron2://COCO-Detection/x_1x/1/model_final_900150.pkl"  # the MD5 of "abc"
-    path = tmp_path / "file"
-    path.write_bytes(b"abc")
-    assert is_zoo_file(name) and may_unpickle(name, str(path), KEY, False)
-    path.write_bytes(b"ab1")
-    with pytest.raises(ConfigError, match="not the model zoo's file: its MD5 begins with 68b6a7"):
-        may_unpickle(name, str(path), KEY, False)
-    assert may_unpickle(name, str(path), KEY, True)
-    assert not may_unpickle(str(path), str(path), KEY, False)
-    assert resolve_weights(str(path)) == str(path)
