@@ -44,6 +44,7 @@ class Bench:
     def __init__(self, cfg, heads, image_size, boxes, images=1):
         self.cfg = cfg.clone()
         self.cfg.KD.HEADS = tuple(heads)
+        self.cfg.KD.UNLABELED.DATASETS = ()  # every image has labels here
         torch.manual_seed(0)
         self.model = build_training_model(self.cfg).train()
         self.device = self.model.device

@@ -44,6 +44,7 @@ from ..data.register import register_configured
 from ..engine.hooks import floats_kept, set_floats
 from ..errors import exit_on_user_error
 from ..precision import step_dtype
+from ..unlabelled import context_of
 from ..weights.loading import load_detector, load_run
 
 
@@ -75,21 +76,21 @@ def parse_arguments(argv=None):
 def measure_batch(model, batch) -> tuple[dict, dict]:
     """Loss and gradient norm by name: of the task losses and their sum, of heads at weight 1."""
     ctx, task = model.observe(batch)
-    features = [ctx.student_features[level] for level in model.level_map]
+    features = ctx.origins([ctx.student_features[level] for level in model.level_map])
     losses = {f"task/{name}": value for name, value in task.items()}
     losses["task/all"] = sum(task.values())
     for name, head in model.heads.items():
         weight, head.weight = head.weight, 1.0
         try:
             with torch.autocast(model.device.type, enabled=False):
-                own = head(ctx)
+                own = head(context_of(head, name, ctx))
         finally:
             head.weight = weight
         parts = [value for key, value in own.items() if key.startswith("loss_kd_")]
         losses[f"head/{name}"] = sum(parts)
     norms = {name: gradient_norm(value, features) for name, value in losses.items()}
     for name, head in model.heads.items():
-        stages = head.acts_on(ctx)
+        stages = ctx.origins(head.acts_on(context_of(head, name, ctx)))
         if [id(x) for x in stages] != [
             id(x) for x in features
         ]:  # stages of the backbone, which the task trains too
@@ -191,6 +192,8 @@ def main(args):
     cfg = load_config(args.config_file, args.opts)
     if not cfg.KD.META_ARCHITECTURE:
         raise ConfigError("KD.META_ARCHITECTURE is empty: give the config of a distilled student")
+    if not cfg.DATASETS.TRAIN:
+        raise ConfigError("DATASETS.TRAIN is empty: there are no task losses to compare with")
     register_configured(cfg)
     check_config(cfg)
     torch.manual_seed(max(cfg.SEED, 0))

@@ -102,8 +102,9 @@ def _add_distillation_keys(cfg: CN) -> None:
     # Python modules to import before the config is read, e.g. ("my_package.my_arch",): they may
     # register meta-archs, taps, heads, data sets and config keys. This RUNS THEIR CODE.
     kd.IMPORTS = ()
-    # COCO-format data sets to register: [[name, json file, image folder], ...]. A fourth value
-    # chooses the evaluator: "coco" (the default), "visdrone", or one of register_evaluator.
+    # COCO-format data sets to register: [[name, json file, image folder], ...]. In place of the
+    # folder the name of a data set with the same images will do. A fourth value chooses the
+    # evaluator: "coco" (the default), "visdrone", or one of register_evaluator.
     kd.DATASETS = []
     # Data sets with label maps: [[name, image folder, label folder, [class, ...]], ...]. Labels are
     # one-byte .png with the image's name; pixel value = index of the class, 255 = none.

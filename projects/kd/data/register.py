@@ -45,9 +45,10 @@ def register_configured(cfg, class_order: Sequence[str] | None = None) -> None:
     ``cfg.KD.SEM_SEG_DATASETS`` too (:mod:`.sem_seg`), parts of data sets that DATASETS.TRAIN or
     KD.UNLABELED.DATASETS names (:mod:`.slices`), and folders in the latter.
 
-    Paths may be relative to the working directory and may hold ``~`` and ``$VARIABLES``. Doing it
-    again with the same entries changes nothing. Annotations are checked here, image files when the
-    data set is loaded.
+    In place of the image folder the name of another data set may stand, one that is registered or
+    comes before, whose images they are. Paths may be relative to the working directory and may hold
+    ``~`` and ``$VARIABLES``. Doing it again with the same entries changes nothing. Annotations are
+    checked here, image files when the data set is loaded.
 
     Args:
         cfg: the config.
@@ -60,7 +61,7 @@ def register_configured(cfg, class_order: Sequence[str] | None = None) -> None:
         DataError: see :func:`~projects.kd.data.coco_json.inspect_annotations`.
     """
     if class_order is None:
-        trained = [base_of(name) for name in cfg.DATASETS.TRAIN[:1]]
+        trained = cfg.DATASETS.TRAIN[:1]
         class_order = names_by_kind([cfg], *trained).get("thing_classes", ()) if trained else ()
     for entry in _entries(cfg):
         register_coco_data(*entry, class_order=class_order)
@@ -77,11 +78,12 @@ def names_by_kind(cfgs: Iterable, dataset: str) -> dict[str, list[str]]:
     Args:
         cfgs: whose KD.DATASETS and KD.SEM_SEG_DATASETS are asked first, in this order. They need
             not be registered, and the order of the names is that of the file.
-        dataset: else it is a registered one.
+        dataset: else it is a registered one. Of a part of a data set: those of the whole.
 
     Raises:
         ConfigError, DataError: as :func:`register_configured`.
     """
+    dataset = base_of(dataset)
     for cfg in cfgs:
         for name, json_file, *_ in _entries(cfg):
             if name == dataset:
@@ -107,8 +109,16 @@ def _entries(cfg) -> list[tuple[str, ...]]:
                 f"KD.DATASETS: {entry} is not [name, json file, image folder], with evaluator_type "
                 "as a fourth value if it is not coco"
             )
-        entries.append((parts[0], _expand(parts[1]), _expand(parts[2]), *parts[3:]))
+        above = {name: folder for name, _, folder, *_ in entries}
+        folder = above.get(parts[2]) or _image_folder(parts[2])
+        entries.append((parts[0], _expand(parts[1]), folder, *parts[3:]))
     return entries
+
+
+def _image_folder(name: str) -> str:
+    """A folder, or that of a registered data set where its name is given."""
+    known = MetadataCatalog.get(name).get("image_root") if name in DatasetCatalog.list() else None
+    return os.path.abspath(known) if known else _expand(name)
 
 
 def register_coco_data(

@@ -108,13 +108,7 @@ def images_below(folder: str) -> list[dict]:
     Raises:
         DataError: no image, or one that cannot be read.
     """
-    paths = []
-    for place, folders, files in os.walk(folder):
-        folders.sort()
-        names = (file for file in sorted(files) if file.lower().endswith(IMAGE_SUFFIXES))
-        paths += [os.path.join(place, name) for name in names]
-    if not paths:
-        raise DataError(f"{folder}: no image ({', '.join(IMAGE_SUFFIXES)}) in it")
+    paths = paths_below(folder)
     with ThreadPoolExecutor(_THREADS) as pool:
         sizes = list(pool.map(image_size, paths))
     return [
@@ -126,6 +120,22 @@ def images_below(folder: str) -> list[dict]:
         }
         for path, (width, height) in zip(paths, sizes, strict=True)
     ]
+
+
+def paths_below(folder: str) -> list[str]:
+    """The image files of a folder and its subfolders, in the order of their names.
+
+    Raises:
+        DataError: there is none.
+    """
+    paths = []
+    for place, folders, files in os.walk(folder):
+        folders.sort()
+        names = (file for file in sorted(files) if file.lower().endswith(IMAGE_SUFFIXES))
+        paths += [os.path.join(place, name) for name in names]
+    if not paths:
+        raise DataError(f"{folder}: no image ({', '.join(IMAGE_SUFFIXES)}) in it")
+    return paths
 
 
 def unlabelled_in_a_process(cfg: CfgNode, processes: int) -> int:

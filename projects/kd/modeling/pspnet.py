@@ -160,7 +160,8 @@ class PSPNetHead(nn.Module):
         if self.training and alone and len(x) == 1 and 1 in self.bins:
             raise ConfigError(
                 f"MODEL.SEM_SEG_HEAD.NORM: '{self.norm}' over the 1x1 grid of PSPNet needs two "
-                "images (SyncBN: in all processes together); raise SOLVER.IMS_PER_BATCH"
+                "images (SyncBN: in all processes together); raise SOLVER.IMS_PER_BATCH (and "
+                "KD.UNLABELED.IMAGES_PER_BATCH, if it is not 0)"
             )
         pooled = [
             F.interpolate(

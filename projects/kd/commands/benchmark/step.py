@@ -135,9 +135,11 @@ class Run:
             batch = next(batches)
             heights, widths = zip(*(x["image"].shape[-2:] for x in batch), strict=True)
             area = sum(h * w for h, w in zip(heights, widths, strict=True))
+            sizes.append(len(batch))
             shares.append(1 - area / (len(batch) * max(heights) * max(widths)))
 
         shares: list[float] = []
+        sizes: list[int] = []
         seconds = interleave(
             {"data": padding},
             rounds=self.args.rounds,
@@ -146,7 +148,7 @@ class Run:
         return {
             "data": {
                 **_timing(seconds["data"]),
-                "images": self.cfg.SOLVER.IMS_PER_BATCH,
+                "images": sizes[0],
                 "padding": sum(shares) / len(shares),
             }
         }

@@ -14,8 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 
 from ... import ConfigError, build_teacher, check_config, load_config
@@ -23,7 +26,7 @@ from ...arguments import Parser
 from ...building import build_detector
 from ...data.classes import check_taught_names
 from ...data.image_check import check_images
-from ...data.register import register_configured
+from ...data.register import names_by_kind, register_configured
 from ...evaluation import check_evaluation, evaluate
 from ...weights.loading import load_detector
 
@@ -38,8 +41,24 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
-def build(cfg, student_input: bool):
-    """The detector, and the config whose INPUT and MODEL describe it."""
+class Detector(NamedTuple):
+    """A detector in eval mode.
+
+    Attributes:
+        model: the detector.
+        cfg: whose INPUT, TEST, MODEL.MASK_ON and KEYPOINT_ON describe it.
+        own: the config that it was built from, None for a LazyConfig.
+        names: what it learnt to find, see :func:`~projects.kd.data.register.names_by_kind`.
+    """
+
+    model: torch.nn.Module
+    cfg: CfgNode
+    own: CfgNode | None
+    names: Mapping[str, Sequence[str]]
+
+
+def build(cfg, student_input: bool) -> Detector:
+    """The teacher of KD.TEACHER, or the model of the config itself."""
     cfg = cfg.clone()
     if not cfg.KD.TEACHER.CONFIG_FILE:
         if not cfg.MODEL.WEIGHTS:
@@ -51,7 +70,8 @@ def build(cfg, student_input: bool):
                 f"MODEL.WEIGHTS: '{cfg.MODEL.WEIGHTS}' lacks {len(missing)} of the model's "
                 f"parameters: {', '.join(missing)}"
             )
-        return model.eval(), cfg
+        names = names_by_kind([cfg], cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else {}
+        return Detector(model.eval(), cfg, cfg, names)
     teacher = build_teacher(cfg)
     # evaluation data in the order of its classes, where they are the same
     register_configured(cfg, teacher.names.get("thing_classes"))
@@ -67,7 +87,7 @@ def build(cfg, student_input: bool):
             cfg.INPUT[key] = teacher.cfg.INPUT[key]
     for key in INPUT_KEYS if student_input else ():
         cfg.INPUT[key] = round(cfg.INPUT[key] * cfg.KD.TEACHER.INPUT_SCALE)
-    return teacher.model, cfg
+    return Detector(teacher.model, cfg, teacher.cfg, teacher.names)
 
 
 def in_students_numbers(teacher) -> None:
@@ -111,7 +131,7 @@ def read_config(args):
 
 def main(args):
     cfg = read_config(args)
-    model, cfg = build(cfg, args.student_input)
+    model, cfg, *_ = build(cfg, args.student_input)
     folder = os.path.join(cfg.OUTPUT_DIR, "teacher_evaluation")
     with torch.no_grad():
         results = evaluate(cfg, model, output_dir=folder)
