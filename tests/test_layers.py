@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "projects/kd"
 # From the ground up. A module of the top and a folder count alike; those of one line do not import
 # each other.
 LAYERS = (
-    ("errors", "seeding", "precision", "moved_configs"),
+    ("errors", "fusing", "seeding", "precision", "moved_configs"),
     ("files", "adapters", "levels", "shared_classes", "stopping", "taps"),
     ("config", "arguments", "context", "detectors"),
     ("weights", "functional", "schedule", "balance"),
@@ -23,7 +23,7 @@ LAYERS = (
     ("teacher",),
     ("distiller",),
     ("check", "recipes"),
-    ("engine",),
+    ("engine", "deploy"),
     ("analysis",),
     ("commands",),
 )

@@ -75,7 +75,7 @@ def outside(installed, tmp_path):
 
 def test_commands_configs_and_templates_are_in_the_wheel(installed, outside):
     names = "train compare evaluate visualize convert benchmark calibrate demo check-gpu".split()
-    names.append("pseudo-label")
+    names += ["export", "pseudo-label"]
     assert all((installed / f"kd-{name}").is_file() for name in names)
     assert "--config-file" in outside("kd-train", "--help")
     package, configs, templates = outside("python", "-c", SHIPPED).split()

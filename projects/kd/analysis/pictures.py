@@ -45,6 +45,26 @@ def ap_bars(rows: Sequence[Mapping], path: str, title: str = "", metric: str = "
     _save(figure, path)
 
 
+def ap_against_latency(rows: Sequence[Mapping], path: str) -> None:
+    """A point for each detector whose AP is known.
+
+    Args:
+        rows: of :func:`~projects.kd.analysis.latency.report`.
+        path: of the picture.
+    """
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for i, row in enumerate(row for row in rows if row["ap"] is not None):
+        ms = row["ms"]
+        spread = [[ms["median"] - ms["low"]], [ms["high"] - ms["median"]]]
+        axes.errorbar(ms["median"], row["ap"], xerr=spread, fmt="o", color=_COLOURS[i % 10])
+        axes.annotate(row["name"], (ms["median"], row["ap"]), (6, 6), textcoords="offset points")
+    axes.set_xlabel("ms an image")
+    axes.set_ylabel("AP")
+    axes.margins(0.2)
+    axes.set_xlim(left=0)
+    _save(figure, path)
+
+
 def ap_curves(
     curves: Mapping[str, Sequence[tuple[int, float]]], path: str, metric: str = "AP"
 ) -> None:

@@ -4,10 +4,11 @@
         MODEL.WEIGHTS output/model_final.pth
     kd-demo --config-file CONFIG --video in.mp4 --output out.mp4 MODEL.WEIGHTS ...
 
-CONFIG may be the config of a distillation: no teacher and no imitation head is built. Boxes, masks,
-keypoints and panoptic segments are drawn as far as the model predicts them; detections.json beside
-the pictures holds boxes XYXY in pixels of the image, scores and classes. An image that cannot be
-used is named and skipped; the exit status is then 2.
+CONFIG may be the config of a distillation: no teacher and no imitation head is built.
+MODEL.WEIGHTS may be a file of kd-export; TEST.QUICK has options that make the student itself
+faster. Boxes, masks, keypoints and panoptic segments are drawn as far as the model predicts them;
+detections.json beside the pictures holds boxes XYXY in pixels of the image, scores and classes. An
+image that cannot be used is named and skipped; the exit status is then 2.
 """
 
 from __future__ import annotations
@@ -26,13 +27,12 @@ from PIL import Image
 
 from .. import ConfigError, check_config, load_config
 from ..arguments import Parser, number
-from ..building import build_detector
 from ..data.images import in_format, read_image
 from ..data.register import register_configured
+from ..deploy.use import used_detector
 from ..errors import DataError, exit_on_user_error
 from ..evaluation.tiles import TiledDetector
 from ..files import writable_folder
-from ..weights.loading import load_detector
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -53,20 +53,13 @@ class Predictor:
     """The plain student with its test-time resizing.
 
     Args:
-        cfg: its config; MODEL.WEIGHTS names a checkpoint of this project or of detectron2.
+        cfg: its config; MODEL.WEIGHTS names a checkpoint of this project or of detectron2, or a
+            file of kd-export.
         threshold: detections of a lower score are dropped.
     """
 
     def __init__(self, cfg, threshold: float):
-        if not cfg.MODEL.WEIGHTS:
-            raise ConfigError("MODEL.WEIGHTS is empty: name the student's checkpoint")
-        self.model = build_detector(cfg).eval()
-        missing = load_detector(self.model, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", cfg.KD.ALLOW_PICKLE)
-        if missing:
-            raise ConfigError(
-                f"MODEL.WEIGHTS: '{cfg.MODEL.WEIGHTS}' lacks {len(missing)} of the student's "
-                f"parameters: {', '.join(missing)}"
-            )
+        self.model = used_detector(cfg)
         if cfg.TEST.TILES.ENABLED:
             self.model = TiledDetector.from_config(cfg, self.model)
         self.resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)

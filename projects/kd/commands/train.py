@@ -24,12 +24,15 @@ from ..check import check_config
 from ..config import load_config
 from ..data.image_check import check_images
 from ..data.register import register_configured
+from ..deploy.formats import is_exported
+from ..deploy.use import exported_detector
 from ..engine.checkpoint import DistillCheckpointer, output_checkpoint
 from ..engine.launch import argument_parser, launch_training
 from ..engine.setup import start_run
 from ..engine.trainer import DistillTrainer
 from ..errors import ConfigError, exit_on_user_error
 from ..evaluation import check_evaluation, evaluate
+from ..evaluation.quick import quicken
 from ..evaluation.tta import tta_class
 
 
@@ -82,7 +85,9 @@ def test_with_tta(cfg: CfgNode, student):
 
 
 def evaluate_only(cfg: CfgNode, args):
-    """Build and load the student alone and evaluate it."""
+    """Build and load the student alone, or a file of kd-export, and evaluate it."""
+    if is_exported(cfg.MODEL.WEIGHTS):
+        return _evaluate(cfg, exported_detector(cfg))
     student = build_detector(cfg)
     DistillCheckpointer(
         student,
@@ -91,6 +96,10 @@ def evaluate_only(cfg: CfgNode, args):
         use_ema=cfg.SOLVER.EMA.EVAL_ONLY,
         complete=not args.untrained,
     ).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    return _evaluate(cfg, quicken(cfg, student.eval()))
+
+
+def _evaluate(cfg: CfgNode, student):
     results = DistillTrainer.test(cfg, student)
     if cfg.TEST.AUG.ENABLED:
         results.update(test_with_tta(cfg, student))

@@ -287,6 +287,7 @@ _REST: dict[str, Rule] = {
     "TEST.TILES.SIZE": COUNT,
     "TEST.TILES.OVERLAP": whole(),
     "TEST.TILES.NMS_THRESH": FRACTION,
+    "TEST.QUICK.DTYPE": one_of(*DTYPES),
     "OUTPUT_DIR": NAME,
     "SEED": whole(-1, 2**31),
     "VIS_PERIOD": whole(),
