@@ -86,7 +86,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, workers):
     assert metrics(tmp_path / "broken")[5] == metrics(tmp_path / "straight")[5]
 
 
-def test_distilling_run_resumes_with_its_heads(tmp_path):
+def test_distilling_run_resumes_with_its_heads_and_images_without_labels(tmp_path):
     teacher = kd_models.write_teacher(
         tmp_path,
         kd_models.tiny_cfg(
@@ -100,6 +100,8 @@ def test_distilling_run_resumes_with_its_heads(tmp_path):
         "SOLVER__EMA__ENABLED": True,
         "SOLVER__EMA__DECAY": 0.9,
         "KD__WARMUP_ITERS": 3,
+        "KD__UNLABELED__DATASETS": (NAME,),
+        "KD__UNLABELED__IMAGES_PER_BATCH": 1,
     }
 
     def cfg(folder):
