@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from detectron2.config import CfgNode, get_cfg
 
-from projects.kd import add_kd_config
+from projects.kd import add_kd_config, load_config
 from projects.kd.config.config_files import check_override
 from projects.kd.errors import ConfigError
 
@@ -149,6 +149,9 @@ def test_command(page, line, parse, keys, capsys):
     except (SystemExit, ConfigError) as error:
         pytest.fail(f"{page.name}: {line}\n{error} {capsys.readouterr().err}")
     opts = [word for word in getattr(args, "opts", None) or [] if word != "--"]
+    if str(getattr(args, "config_file", "")).endswith(".py"):
+        load_config(args.config_file, opts)
+        return
     assert len(opts) % 2 == 0, f"{page.name}: {opts} are no pairs"
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         check_override(key, value, keys, f"{page.name}: {line}")

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import sys
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode, get_cfg, instantiate
 from detectron2.modeling import build_model
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from .config import add_kd_config
+from .config import LazyNode, add_kd_config
 from .config.key_checks import flat
 from .errors import ConfigError, UserError
+from .modeling.fcos import FCOS
 
 # Packages whose exceptions, raised while a model is built, come from the config's values.
 _KNOWN = {"detectron2", "fvcore", "iopath", "numpy", "PIL", "projects", "timm", "torch"}
-_KNOWN |= {"torchvision", "yacs"}
+_KNOWN |= {"torchvision", "yacs", "omegaconf"}
 
 
 def build_detector(cfg: CfgNode, source: str = "") -> nn.Module:
     """``build_model(cfg)``, whose failures name the config key where that can be told.
+
+    The model of a LazyConfig is instantiated as its file says.
 
     The table of values catches most; what is left are keys that do not fit each other. The model is
     built again on the meta device with one key at a time at its default: keys with which that
@@ -35,8 +40,9 @@ def build_detector(cfg: CfgNode, source: str = "") -> nn.Module:
         ConfigError: in place of exceptions of detectron2, torch and the like. Those of other
             packages (a detector of your own) keep their traceback.
     """
+    lazy = isinstance(cfg, LazyNode)
     try:
-        return build_model(cfg)
+        return _instantiated(cfg) if lazy else build_model(cfg)
     except UserError:
         raise
     except Exception as error:
@@ -44,7 +50,36 @@ def build_detector(cfg: CfgNode, source: str = "") -> nn.Module:
             raise
         start = f"{source}: " if source else ""
         text = f"{type(error).__name__}: {error}"
+        if lazy:
+            start = start or f"{cfg.path}: "
+            raise ConfigError(f"{start}model cannot be instantiated ({text})") from error
         raise ConfigError(f"{start}{_blamed(cfg, error)} cannot be built from ({text})") from error
+
+
+def _instantiated(cfg: LazyNode) -> nn.Module:
+    model = instantiate(cfg.lazy.model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"it gives a {type(model).__name__}, no torch module")
+    if type(model) is FCOS.__base__:
+        model.__class__ = FCOS  # the same, but its box loss is computed in float32 under autocast
+    return model.to(cfg.MODEL.DEVICE)
+
+
+class _RealTables(TorchFunctionMode):
+    """Numbers that constructors read (drop path rates of ViT, Swin and MViT) stay real."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.linspace:
+            kwargs.setdefault("device", "cpu")
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def meta_device():
+    """Inside, modules are built without memory, on the meta device."""
+    with torch.device("meta"), _RealTables():
+        yield
 
 
 def _from_known_packages(error: BaseException) -> bool:
@@ -94,7 +129,7 @@ def _builds(cfg: CfgNode) -> bool:
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with torch.device("meta"):
+        with meta_device():
             build_model(cfg)
     except Exception:
         return False

@@ -9,7 +9,9 @@ import os
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 
+from .config import lazy_of
 from .config.key_checks import check_values
+from .config.lazy_files import select
 from .data.classes import check_class_names
 from .data.needs import check_data_sets
 from .data.slices import base_of
@@ -39,6 +41,7 @@ def check_config(cfg, training: bool = True) -> None:
         ConfigError: the first thing found wrong.
     """
     _check_meta_archs(cfg)
+    _check_parts(cfg, training)
     check_values(cfg, training)
     _check_datasets(cfg, training)
     check_data_sets(cfg, training)
@@ -58,10 +61,10 @@ def check_config(cfg, training: bool = True) -> None:
 
 
 def _check_meta_archs(cfg) -> None:
-    for key, name in (
-        ("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE),
-        ("KD.META_ARCHITECTURE", cfg.KD.META_ARCHITECTURE),
-    ):
+    names = {"KD.META_ARCHITECTURE": cfg.KD.META_ARCHITECTURE}
+    if lazy_of(cfg) is None:  # else the file names the class itself
+        names["MODEL.META_ARCHITECTURE"] = cfg.MODEL.META_ARCHITECTURE
+    for key, name in names.items():
         if name and name not in META_ARCH_REGISTRY:
             raise ConfigError(
                 f"{key}: no meta-arch '{name}' is registered (is its module in KD.IMPORTS?)"
@@ -79,6 +82,20 @@ def _check_meta_archs(cfg) -> None:
         )
 
 
+def _check_parts(cfg, training: bool) -> None:
+    """A LazyConfig that is trained has all that detectron2's training script asks for."""
+    lazy = lazy_of(cfg)
+    if lazy is None or not training:
+        return
+    places = ("dataloader.train", "optimizer", "lr_multiplier")
+    missing = [place for place in places if select(lazy, place) is None]
+    if missing:
+        raise ConfigError(
+            f"{cfg.path}: training needs {', '.join(missing)} too (detectron2's "
+            "model_zoo/configs/common has them to import)"
+        )
+
+
 def _is_wrapper(name: str) -> bool:
     arch = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
     return isinstance(arch, type) and issubclass(arch, DistillMetaArch)
@@ -89,7 +106,7 @@ def _check_datasets(cfg, training: bool) -> None:
     if training:
         keys["DATASETS.TRAIN"] = cfg.DATASETS.TRAIN
         keys[UNLABELLED] = cfg.KD.UNLABELED.DATASETS
-        if not cfg.DATASETS.TRAIN and not cfg.KD.UNLABELED.DATASETS:
+        if not (cfg.DATASETS.TRAIN or cfg.KD.UNLABELED.DATASETS or lazy_of(cfg)):
             raise ConfigError("DATASETS.TRAIN is empty: name a data set to train on")
         check_unlabelled(cfg)
     for key, names in keys.items():

@@ -182,7 +182,8 @@ def configured_classes(cfg, arch: str | type) -> int | None:
     """
     names = [arch] if isinstance(arch, str) else [base.__name__ for base in arch.__mro__]
     key = next((class_key(name) for name in names if class_key(name) is not None), None)
-    if key is None:
+    holds = getattr(cfg, "holds", None)  # a LazyConfig says the number, or it is not known
+    if key is None or (holds is not None and not holds(key)):
         return None
     for part in key.split("."):
         cfg = cfg[part]

@@ -121,7 +121,9 @@ def published_weights(config_name: str, named: str, opts: Sequence = ()) -> str:
         named: MODEL.WEIGHTS of the config.
         opts: overrides of the config, ``[KEY, VALUE, ...]``.
     """
-    if not config_name.startswith(MODEL_ZOO_PREFIX) or "MODEL.WEIGHTS" in opts:
+    words = {str(word).partition("=")[0] for word in opts}
+    own = words & {"MODEL.WEIGHTS", "train.init_checkpoint"}
+    if not config_name.startswith(MODEL_ZOO_PREFIX) or own:
         return named
     from detectron2.model_zoo.model_zoo import _ModelZooUrls
 

@@ -71,7 +71,8 @@ def levels_read(detector: nn.Module) -> set[str]:
         module = getattr(detector, part, None) if part else detector
         for name in names:
             levels = getattr(module, name, None)
-            if isinstance(levels, (list, tuple)):
+            # of a LazyConfig a list of omegaconf
+            if isinstance(levels, Sequence) and not isinstance(levels, str):
                 found.update(level for level in levels if isinstance(level, str))
     return found
 

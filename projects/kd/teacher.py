@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import ImageList
 from torch import nn
 
 from .building import build_detector
-from .config import DTYPES, load_config
+from .config import DTYPES, LazyNode, load_config
 from .config.key_checks import TEACHER_KEYS, check_each
 from .context import ModelInfo
 from .data.register import names_by_kind
@@ -43,7 +42,7 @@ class Teacher:
     Args:
         model: the detector on its device.
         input_format: "BGR" or "RGB", what the model expects.
-        cfg: its yacs config, None for a LazyConfig.
+        cfg: its config; of a LazyConfig the :class:`~projects.kd.config.LazyNode`.
         names: what it was trained to find, see
             :func:`~projects.kd.data.register.names_by_kind`; a kind that is missing is not known.
         shared: by kind, which of the student's classes it predicts (KD.TEACHER.CLASS_MAP); a kind
@@ -216,8 +215,7 @@ def build_teacher(cfg) -> Teacher:
     """
     node = cfg.KD.TEACHER
     path = resolve_config(node.CONFIG_FILE, "KD.TEACHER.CONFIG_FILE")
-    read = build_from_lazy if path.endswith(".py") else build_from_yaml
-    model, teacher_cfg, weights, input_format, datasets = read(cfg, path)
+    model, teacher_cfg, weights, input_format, datasets = build_from_config(cfg, path)
     weights = node.WEIGHTS or published_weights(node.CONFIG_FILE, weights, node.OPTS)
     if weights:
         loaded = load_weights(model, weights, "KD.TEACHER.WEIGHTS", cfg.KD.ALLOW_PICKLE)
@@ -256,8 +254,8 @@ def _check_formats(ours: str, theirs: str) -> None:
         )
 
 
-def build_from_yaml(cfg, path: str):
-    """A teacher from a yacs config: (model, its config, weights, image format, data sets)."""
+def build_from_config(cfg, path: str):
+    """A teacher from a YAML or a LazyConfig: (model, its config, weights, format, data sets)."""
     try:
         teacher_cfg = load_config(path, cfg.KD.TEACHER.OPTS, "KD.TEACHER.OPTS")
     except ConfigError as error:
@@ -267,7 +265,7 @@ def build_from_yaml(cfg, path: str):
     source = f"KD.TEACHER.CONFIG_FILE '{path}'"
     source += " with KD.TEACHER.OPTS" if cfg.KD.TEACHER.OPTS else ""
     arch = teacher_cfg.MODEL.META_ARCHITECTURE
-    if arch not in META_ARCH_REGISTRY:
+    if arch not in META_ARCH_REGISTRY and not isinstance(teacher_cfg, LazyNode):
         raise ConfigError(
             f"{source}: its MODEL.META_ARCHITECTURE '{arch}' is not registered (KD.IMPORTS)"
             f"{did_you_mean(arch, (name for name, _ in META_ARCH_REGISTRY))}"
@@ -277,26 +275,6 @@ def build_from_yaml(cfg, path: str):
     model = build_detector(teacher_cfg, source)
     weights = teacher_cfg.MODEL.WEIGHTS
     return model, teacher_cfg, weights, teacher_cfg.INPUT.FORMAT, teacher_cfg.DATASETS.TRAIN
-
-
-def build_from_lazy(cfg, path: str):
-    """A teacher from a LazyConfig, as :func:`build_from_yaml`; its config is None."""
-    opts = list(cfg.KD.TEACHER.OPTS)
-    try:
-        lazy = LazyConfig.load(path)
-        overrides = [f"{key}={value}" for key, value in zip(opts[::2], opts[1::2], strict=True)]
-        lazy = LazyConfig.apply_overrides(lazy, overrides)
-        model = instantiate(lazy.model).to(cfg.MODEL.DEVICE)
-    except Exception as error:
-        raise ConfigError(f"KD.TEACHER.CONFIG_FILE: '{path}' does not build: {error}") from error
-    weights = lazy.train.get("init_checkpoint", "") if "train" in lazy else ""
-    image_format = getattr(model, "input_format", None) or "BGR"
-    datasets = ()
-    with contextlib.suppress(AttributeError, KeyError):
-        image_format = lazy.dataloader.train.mapper.get("image_format", image_format)
-        names = lazy.dataloader.train.dataset.names
-        datasets = (names,) if isinstance(names, str) else tuple(names)
-    return model, None, weights, image_format, datasets
 
 
 def _names(cfg, teacher_cfg, datasets: Sequence[str]) -> dict[str, list[str]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from detectron2.evaluation import DatasetEvaluator
+
 _IMPORTS = """
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
@@ -113,3 +116,92 @@ def write_model(folder, name: str, more: str = "") -> str:
     path = folder / f"{name}.py"
     path.write_text(model_text(name) + more)
     return str(path)
+
+
+# the rest of a file that trains: a few steps on registered images
+_TRAINING = """
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.data import (
+    DatasetMapper, build_detection_test_loader, build_detection_train_loader,
+    get_detection_dataset_dicts, transforms as T,
+)
+from detectron2.solver import WarmupParamScheduler
+from detectron2.solver.build import get_default_optimizer_params
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+
+dataloader = dict(
+    train=L(build_detection_train_loader)(
+        dataset=L(get_detection_dataset_dicts)(names={data!r}),
+        mapper=L(DatasetMapper)(
+            is_train=True,
+            augmentations=[
+                L(T.ResizeShortestEdge)(
+                    short_edge_length=(32, 48), sample_style="choice", max_size=64
+                ),
+                L(T.RandomFlip)(),
+            ],
+            image_format="RGB",
+        ),
+        total_batch_size=2,
+        num_workers=0,
+    ),
+    test=L(build_detection_test_loader)(
+        dataset=L(get_detection_dataset_dicts)(names={data!r}, filter_empty=False),
+        mapper=L(DatasetMapper)(
+            is_train=False,
+            augmentations=[L(T.ResizeShortestEdge)(short_edge_length=40, max_size=56)],
+            image_format="${...train.mapper.image_format}",
+        ),
+        num_workers=0,
+    ),
+)
+optimizer = L(torch.optim.AdamW)(
+    params=L(get_default_optimizer_params)(base_lr="${..lr}", weight_decay_norm=0.0),
+    lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1,
+)
+lr_multiplier = L(WarmupParamScheduler)(
+    scheduler=L(MultiStepParamScheduler)(
+        values=[1.0, 0.1], milestones=[4], num_updates=6
+    ),
+    warmup_length=0.5, warmup_factor=0.1, warmup_method="linear",
+)
+train = dict(
+    output_dir={output!r}, init_checkpoint="", max_iter=6, amp=dict(enabled=False),
+    ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
+    checkpointer=dict(period=2, max_to_keep=100), eval_period=0, log_period=1, device="cpu",
+    seed=11,
+)
+"""
+
+
+def write_training(folder, model: str, data: str, more: str = "", name: str = "student") -> str:
+    """A file that trains a tiny detector for six steps of two images; returns its path."""
+    path = folder / f"{name}.py"
+    text = _TRAINING.replace("{data!r}", repr(data)).replace("{output!r}", repr(str(folder / name)))
+    path.write_text(model_text(model) + text + more)
+    return str(path)
+
+
+def repeat_factors(count: int) -> torch.Tensor:
+    """Half of the images come more often."""
+    return torch.cat([torch.ones(count // 2), torch.full((count - count // 2,), 2.5)])
+
+
+class Seen(DatasetEvaluator):
+    """Gives the number of images and the means of their first and last channels as metrics."""
+
+    def __init__(self, output_dir: str | None = None):
+        self.output_dir = output_dir
+
+    def reset(self):
+        self.means, self.sizes = [], []
+
+    def process(self, inputs, outputs):
+        self.means += [x["image"].float().mean((1, 2)) for x in inputs]
+        self.sizes += [max(x["image"].shape) for x in inputs]
+
+    def evaluate(self):
+        mean = torch.stack(self.means).mean(0).tolist()
+        found = {"AP": len(self.means), "side": max(self.sizes), "first": mean[0], "last": mean[-1]}
+        return {"bbox": found}

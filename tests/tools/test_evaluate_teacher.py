@@ -19,7 +19,7 @@ def evaluated(monkeypatch):
     """Calls of the evaluation: (config, model, folder)."""
     calls = []
 
-    def evaluate(cfg, model, output_dir=None):
+    def evaluate(cfg, model, names=None, output_dir=None):
         calls.append((cfg, model, output_dir))
         return {"bbox": {"AP": 12.5}}
 

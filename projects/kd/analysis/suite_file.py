@@ -152,8 +152,17 @@ def _check_entries(node: Mapping, known: Mapping, where: str) -> None:
         if not right:
             raise ConfigError(f"{where}: {entry} is {value!r}, write {what}")
     opts = flat_opts(node.get("opts", []))
-    if len(opts) % 2 or any(not isinstance(key, str) for key in opts[::2]):
-        raise ConfigError(f"{where}: opts come in pairs KEY, value: {opts}")
+    rest = list(opts)
+    while rest:
+        count = _words_of(rest[0])
+        if len(rest) < count or not isinstance(rest[0], str):
+            raise ConfigError(f"{where}: opts come in pairs KEY, value: {opts}")
+        rest = rest[count:]
+
+
+def _words_of(key) -> int:
+    """How many entries an override takes: KEY, value; of a LazyConfig also KEY=VALUE."""
+    return 1 if isinstance(key, str) and "=" in key else 2
 
 
 def flat_opts(opts: list) -> list:
@@ -163,6 +172,7 @@ def flat_opts(opts: list) -> list:
         if isinstance(rest[0], list):
             rest[:1] = flat_opts(rest[0])
             continue
-        flat += rest[:2]
-        rest = rest[2:]
+        count = _words_of(rest[0])
+        flat += rest[:count]
+        rest = rest[count:]
     return flat

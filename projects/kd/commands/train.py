@@ -2,6 +2,7 @@
 
     python train_net.py --config-file CONFIG [--resume] [--num-gpus N] [KEY VALUE ...]
     python train_net.py --config-file CONFIG --eval-only MODEL.WEIGHTS FILE
+    python train_net.py --config-file LAZY_CONFIG.py [PLACE=VALUE ...] [KEY VALUE ...]
     python train_net.py --config-file STUDENT --teacher TEACHER [--method CWD]
     torchrun --nproc-per-node N train_net.py --config-file CONFIG
 

@@ -8,20 +8,21 @@ from .defaults import (
     PROPORTIONAL,
     add_kd_config,
     head_node,
-    load_config,
-    merge_config,
-    merge_overrides,
     optimizer_node,
     register_config,
 )
+from .lazy_files import LazyNode, lazy_of
+from .loading import load_config, merge_config, merge_overrides
 
 __all__ = [
     "DTYPES",
     "INHERIT",
+    "LazyNode",
     "PROPORTIONAL",
     "add_kd_config",
     "get_cfg",
     "head_node",
+    "lazy_of",
     "load_config",
     "merge_config",
     "merge_overrides",

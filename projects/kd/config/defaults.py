@@ -1,25 +1,15 @@
-"""The config keys that this project adds to detectron2's, and the function that loads a config.
+"""The config keys that this project adds to detectron2's.
 
 The keys of an imitation head are in the head's own file (``heads/``, :func:`register_config`).
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode as CN
-from detectron2.config import get_cfg
 from detectron2.projects.deeplab import add_deeplab_config
-from detectron2.utils.logger import log_first_n
-
-from ..errors import ConfigError
-from ..files import resolve_config
-from .config_files import check_keys, check_override, read_yaml, written_out
-from .config_paths import default_output
 
 # what KD.TEACHER.DTYPE names
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -257,98 +247,3 @@ def _add_segmentation_keys(cfg: CN) -> None:
     # where no class covers more than INPUT.CROP.SINGLE_CATEGORY_MAX_AREA of the crop. False: before
     # resizing, as in detectron2's default mapper.
     cfg.INPUT.CROP.AFTER_RESIZE = False
-
-
-def load_config(
-    config_file: str, opts: Sequence = (), source: str = "command line overrides"
-) -> CN:
-    """Load a YAML config with this project's keys.
-
-    The modules of KD.IMPORTS (from the file or from ``opts``) are imported first, so that they can
-    register what the config names and add their own keys with :func:`register_config`.
-
-    Args:
-        config_file: path, or ``model_zoo://`` name of a detectron2 config.
-        opts: ``["KEY", value, ...]`` overrides, as on the command line.
-        source: where ``opts`` come from, for messages.
-
-    Returns:
-        An unfrozen config. The default of OUTPUT_DIR is ``output/`` and the path of the config
-        below ``configs/``. MODEL.DEVICE "cuda" becomes "cpu" on a machine without a GPU.
-
-    Raises:
-        ConfigError: file missing, not a mapping, unknown key, or wrong type of a value.
-    """
-    path = resolve_config(config_file)
-    opts = list(opts)
-    if len(opts) % 2:
-        raise ConfigError(f"{source}: they come in pairs KEY VALUE, here is an odd number: {opts}")
-    raw = read_yaml(path)
-    _import_modules(_early_imports(raw, opts), path)
-    cfg = get_cfg()
-    add_kd_config(cfg)
-    cfg.OUTPUT_DIR = default_output(path)
-    merge_config(cfg, raw, path)
-    merge_overrides(cfg, opts, source)
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-        log_first_n(logging.WARNING, "No GPU found: MODEL.DEVICE is cpu", name=__name__)
-    return cfg
-
-
-def merge_config(cfg: CN, raw: CN, path: str) -> None:
-    """Merge what :func:`read_yaml` gave; ConfigError names the file and the key."""
-    if raw.get("VERSION", cfg.VERSION) != cfg.VERSION:
-        raise ConfigError(f"{path}: VERSION {raw.VERSION} is not {cfg.VERSION}, rewrite its keys")
-    raw = written_out(raw)
-    check_keys(raw, cfg, path)
-    try:
-        cfg.merge_from_other_cfg(raw)
-    except (KeyError, ValueError, AssertionError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: {_message(error)}") from error
-
-
-def merge_overrides(cfg: CN, opts: Sequence, source: str = "command line overrides") -> None:
-    """Merge ``["KEY", value, ...]``; ConfigError names the source and the key."""
-    opts = list(opts)
-    for key, value in zip(opts[::2], opts[1::2], strict=True):
-        value = written_out(value)
-        check_override(key, value, cfg, source)
-        try:
-            cfg.merge_from_list([key, value])
-        except (KeyError, ValueError, AssertionError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{source}: {_message(error)}") from error
-        except (RecursionError, MemoryError) as error:
-            raise ConfigError(f"{source}: {key}: the value is nested too deeply") from error
-
-
-def _message(error: BaseException) -> str:
-    return str(error.args[0]) if error.args else str(error)
-
-
-def _early_imports(raw: CN, opts: Sequence) -> tuple[str, ...]:
-    kd = raw.get("KD")
-    value = kd.get("IMPORTS", ()) if isinstance(kd, dict) else ()
-    value = dict(zip(opts[::2], opts[1::2], strict=True)).get("KD.IMPORTS", value)
-    try:
-        names = CN._decode_cfg_value(value)  # YAML reads a tuple as a string
-    except (TypeError, RecursionError, MemoryError):
-        names = None
-    if not isinstance(names, (list, tuple)) or not all(_is_module(name) for name in names):
-        raise ConfigError(f"KD.IMPORTS is {value}: write a tuple of modules, ('package.module',)")
-    return tuple(names)
-
-
-def _is_module(name) -> bool:
-    return isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
-
-
-def _import_modules(names: Sequence[str], path: str) -> None:
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ConfigError(
-                f"KD.IMPORTS in {os.path.basename(path)}: cannot import '{name}' ({error}); "
-                "its folder must be on PYTHONPATH"
-            ) from error

@@ -12,6 +12,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 
 from ..errors import ConfigError, did_you_mean
 from .key_table import rule_of
+from .lazy_files import LazyNode
 
 # What evaluation reads; training reads everything.
 _EVALUATION = ("MODEL", "INPUT", "TEST", "OUTPUT_DIR", "SEED")
@@ -43,6 +44,8 @@ def check_values(cfg: CfgNode, training: bool = True) -> None:
     check_each(cfg, () if training else _EVALUATION)
     _check_device(cfg.MODEL.DEVICE)
     _check_input(cfg)
+    if isinstance(cfg, LazyNode):  # the rest is the file's own affair
+        return
     _check_anchors(cfg)
     _check_matchers(cfg)
     if training:
@@ -68,7 +71,8 @@ def check_each(cfg: CfgNode, sections: tuple[str, ...] = (), source: str = "") -
                 raise ConfigError(f"{start}{key} is {value}: give it a finite value")
         elif not rule.test(value):
             near = did_you_mean(value, rule.names()) if isinstance(value, str) else ""
-            raise ConfigError(f"{start}{key} is {value!r}, it must be {rule.words}{near}")
+            shown = cfg.shown(key) if isinstance(cfg, LazyNode) else key
+            raise ConfigError(f"{start}{shown} is {value!r}, it must be {rule.words}{near}")
 
 
 def _check_device(name: str) -> None:

@@ -21,6 +21,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.utils import comm
 from tqdm import tqdm
 
+from ..config import LazyNode
 from ..errors import ConfigError, DataError
 from .coco_json import read_coco
 from .images import ImageHeader, image_header, mode_problem, size_problem
@@ -180,7 +181,8 @@ def _rows(name: str) -> Iterator[tuple[str, tuple[int, int] | None, str]]:
 
 
 def _train_sizes(cfg: CfgNode) -> tuple[tuple[str, int, int], ...]:
-    if cfg.INPUT.CROP.ENABLED or cfg.INPUT.DETR_AUGMENTATION:  # a crop comes first
+    own = isinstance(cfg, LazyNode)  # its mapper says the size
+    if own or cfg.INPUT.CROP.ENABLED or cfg.INPUT.DETR_AUGMENTATION:  # a crop comes first
         return ()
     smallest = min(cfg.INPUT.MIN_SIZE_TRAIN, default=0)
     return (("TRAIN", smallest, cfg.INPUT.MAX_SIZE_TRAIN),)

@@ -9,6 +9,7 @@ a resumed run skips to its place by drawing indices alone, without reading an im
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
@@ -24,11 +25,13 @@ from detectron2.data.samplers import (
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from ..config import LazyNode
 from ..detectors import reads_label_maps
 from ..errors import ConfigError, DataError
 from ..files import require_pickles
 from ..seeding import UNLABELLED
 from ..stopping import serve_on
+from .lazy_loader import TrainParts, lazy_train_mapper, lazy_train_parts, own_train_loader
 from .mapper import build_train_mapper
 from .streams import GroupedBatchSampler, JoinedBatches, SeededDataset, Streams, aspect_groups
 from .unlabelled import KEY, WithoutLabels, load_unlabelled, unlabelled_in_a_process
@@ -53,7 +56,7 @@ def build_train_loader(
         start_iter: training iterations (of SOLVER.ACCUM_STEPS batches) to skip.
         seed: of shuffling and augmentation, equal on all ranks; None = cfg.SEED, or a random one
             when that is negative.
-        mapper: data set dict -> example; None = :func:`build_train_mapper`.
+        mapper: data set dict -> example; None = :func:`build_train_mapper`, or a LazyConfig's.
 
     Raises:
         ConfigError: batch size not divisible by the ranks, unknown sampler, streamed data set.
@@ -66,9 +69,13 @@ def build_train_loader(
         )
     if seed is None:
         seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    lazy = isinstance(cfg, LazyNode)
+    own = own_train_loader(cfg, start_iter) if lazy else None
+    if own is not None:
+        return own
     skip = start_iter * cfg.SOLVER.ACCUM_STEPS
     parts = []
-    if cfg.DATASETS.TRAIN or not cfg.KD.UNLABELED.DATASETS:
+    if lazy or cfg.DATASETS.TRAIN or not cfg.KD.UNLABELED.DATASETS:
         parts.append(_labelled(cfg, seed, cfg.SOLVER.IMS_PER_BATCH // ranks, skip, mapper))
     if cfg.KD.UNLABELED.DATASETS:
         parts.append(_unlabelled(cfg, seed, unlabelled_in_a_process(cfg, ranks), skip))
@@ -87,20 +94,26 @@ def build_train_loader(
 
 def _labelled(cfg: CfgNode, seed: int, size: int, skip: int, mapper) -> tuple[Dataset, Sampler]:
     """Images of DATASETS.TRAIN and their batches in this process."""
+    lazy = isinstance(cfg, LazyNode)
+    parts = lazy_train_parts(cfg, seed) if lazy else _train_parts(cfg, seed)
+    images = parts.images
+    batches = GroupedBatchSampler(
+        parts.sampler, aspect_groups(images) if parts.grouping else None, size, skip=skip
+    )
+    if isinstance(images, list):
+        if mapper is None and not lazy:
+            images = without_unused(cfg, images)
+        images = DatasetFromList(images, copy=False)
+    return SeededDataset(images, mapper or parts.make_mapper(), seed, comm.get_rank()), batches
+
+
+def _train_parts(cfg: CfgNode, seed: int) -> TrainParts:
     images = load_dataset_dicts(cfg, cfg.DATASETS.TRAIN)
     if isinstance(images, IterableDataset):
         raise ConfigError("DATASETS.TRAIN: a streamed (iterable) data set cannot be resumed")
-    batches = GroupedBatchSampler(
-        build_sampler(cfg, images, seed),
-        aspect_groups(images) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
-        size,
-        skip=skip,
-    )
-    if isinstance(images, list):
-        if mapper is None:
-            images = without_unused(cfg, images)
-        images = DatasetFromList(images, copy=False)
-    return SeededDataset(images, mapper or build_train_mapper(cfg), seed, comm.get_rank()), batches
+    sampler = build_sampler(cfg, images, seed)
+    make_mapper = functools.partial(build_train_mapper, cfg)
+    return TrainParts(images, sampler, make_mapper, cfg.DATALOADER.ASPECT_RATIO_GROUPING)
 
 
 def _unlabelled(cfg: CfgNode, seed: int, size: int, skip: int) -> tuple[Dataset, Sampler]:
@@ -116,7 +129,9 @@ def _unlabelled(cfg: CfgNode, seed: int, size: int, skip: int) -> tuple[Dataset,
         size,
         skip=skip,
     )
-    mapper = WithoutLabels(build_train_mapper(cfg, labelled=False))
+    lazy = isinstance(cfg, LazyNode)
+    mapper = lazy_train_mapper(cfg) if lazy else build_train_mapper(cfg, labelled=False)
+    mapper = WithoutLabels(mapper)
     images = DatasetFromList(images, copy=False)
     return SeededDataset(images, mapper, seed, comm.get_rank(), UNLABELLED), batches
 

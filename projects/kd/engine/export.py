@@ -9,6 +9,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, PROPOSAL_GENERATOR_REGISTRY
 from torch import nn
 
+from ..config import LazyNode
 from ..files import write_atomically
 
 NAME = "student.yaml"
@@ -30,6 +31,12 @@ def write_student_config(cfg: CfgNode, student: nn.Module) -> str:
         The file; "" with a line in the log where the student needs this project (or another
         package), as the backbones of timm and GFL, FCOS, RepPoints and ConditionalDETR do.
     """
+    if isinstance(cfg, LazyNode):
+        logger.info(
+            f"{NAME} is not written: detectron2's LazyConfig.load({cfg.path!r}) and "
+            "instantiate(cfg.model) build this student"
+        )
+        return ""
     foreign = needed_packages(cfg, student)
     if foreign:
         logger.info(

@@ -142,7 +142,7 @@ def suspects(cfg: CfgNode, rate: float) -> list[str]:
         rate: the learning rate now.
     """
     images = cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.ACCUM_STEPS
-    config = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    config = getattr(cfg, "path", os.path.join(cfg.OUTPUT_DIR, "config.yaml"))  # a LazyConfig
     speed = (
         f"SOLVER.BASE_LR {cfg.SOLVER.BASE_LR:g} with {cfg.SOLVER.OPTIMIZER} and {images} images a "
         f"step, the learning rate is {rate:.3g} now (detectron2's R-CNNs take 0.02 with SGD and 16 "

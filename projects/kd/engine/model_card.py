@@ -16,6 +16,8 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from torch import nn
 
+from ..config import LazyNode
+from ..config.lazy_files import target_name
 from ..detectors import class_names_of
 from ..files import write_atomically
 
@@ -46,6 +48,7 @@ def write_card(
 
 def card_text(cfg, student, seed, results) -> str:
     """The text of the card; arguments as in :func:`write_card`."""
+    lazy = isinstance(cfg, LazyNode)
     kind = "Distilled student" if cfg.KD.META_ARCHITECTURE else "Plain detector"
     title = os.path.basename(os.path.normpath(cfg.OUTPUT_DIR))
     lines = [f"# {title}", "", f"{kind}: an ordinary detectron2 checkpoint.", ""]
@@ -62,7 +65,7 @@ def card_text(cfg, student, seed, results) -> str:
         "from projects.kd.building import build_detector",
         "from projects.kd.weights.loading import load_detector",
         "",
-        'cfg = load_config("config.yaml")  # beside this card',
+        f"cfg = load_config({_config(cfg)!r})" + ("" if lazy else "  # beside this card"),
         "model = build_detector(cfg).eval()",
         f'load_detector(model, "{next(iter(results), "model_final.pth")}", "MODEL.WEIGHTS")',
         "```",
@@ -77,14 +80,16 @@ def about(cfg: CfgNode, student: nn.Module, seed: int) -> list[tuple[str, str]]:
     """What the weights are and what they were made of and with: (name, text)."""
     solver, kd = cfg.SOLVER, cfg.KD
     count = sum(p.numel() for p in student.parameters())
-    backbone = cfg.MODEL.BACKBONE.NAME + (f", {cfg.MODEL.TIMM.NAME}" if cfg.MODEL.TIMM.NAME else "")
+    lazy = isinstance(cfg, LazyNode)
+    named = type(student.backbone).__name__ if lazy else cfg.MODEL.BACKBONE.NAME
+    backbone = named + (f", {cfg.MODEL.TIMM.NAME}" if cfg.MODEL.TIMM.NAME else "")
     rows = [
         ("detector", f"{cfg.MODEL.META_ARCHITECTURE} ({backbone}), {count:,} parameters"),
         ("classes", _classes(cfg)),
         (
             "trained on",
             f"{', '.join(cfg.DATASETS.TRAIN)}: SOLVER.MAX_ITER {solver.MAX_ITER}, "
-            f"{solver.IMS_PER_BATCH * solver.ACCUM_STEPS} images a step, {solver.OPTIMIZER}, "
+            f"{solver.IMS_PER_BATCH * solver.ACCUM_STEPS} images a step, {_optimizer(cfg)}, "
             f"SOLVER.BASE_LR {solver.BASE_LR:g}, seed {seed}",
         ),
         ("started from", cfg.MODEL.WEIGHTS or cfg.MODEL.TIMM.WEIGHTS or "random weights"),
@@ -97,12 +102,20 @@ def about(cfg: CfgNode, student: nn.Module, seed: int) -> list[tuple[str, str]]:
         methods = [f"{name} (KD.{name.upper()}.WEIGHT {_weight(kd, name)})" for name in kd.HEADS]
         rows.append(("method", ", ".join(methods)))
     rows += [
-        ("config", "config.yaml beside this card"),
+        ("config", _config(cfg) if lazy else "config.yaml beside this card"),
         ("commit", commit() or "no checkout of git"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
         ("written", time.strftime("%Y-%m-%d %H:%M:%S %Z")),
     ]
     return rows
+
+
+def _config(cfg: CfgNode) -> str:
+    return cfg.path if isinstance(cfg, LazyNode) else "config.yaml"
+
+
+def _optimizer(cfg: CfgNode) -> str:
+    return target_name(cfg.lazy.optimizer) if isinstance(cfg, LazyNode) else cfg.SOLVER.OPTIMIZER
 
 
 def _classes(cfg: CfgNode) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,13 @@ from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_
 
+from ..config import LazyNode
 from ..config.key_table import OPTIMIZERS
 from ..errors import ConfigError, require_one_of
+from ..weights.files import modules_in
+from .lazy_optim import lazy_optimizer, lazy_scheduler
+
+logger = logging.getLogger(__name__)
 
 MAIN = "student"  # name of the optimizer over the student, the adapters and the heads
 
@@ -94,18 +100,26 @@ def build_optimizations(cfg: CfgNode, model: nn.Module) -> dict[str, Optimizatio
     """
     student = getattr(model, "student", model)
     heads = getattr(model, "heads", nn.ModuleDict())
+    lazy = isinstance(cfg, LazyNode)
     auxiliary = {name: trainable(head.aux_parameters()) for name, head in heads.items()}
     auxiliary = {name: parameters for name, parameters in auxiliary.items() if parameters}
     excluded = set(itertools.chain.from_iterable(auxiliary.values()))
 
-    groups = main_groups(cfg, nn.ModuleDict({"student": student, "heads": heads}), excluded)
-    optimizer = build_optimizer(
-        cfg.SOLVER.OPTIMIZER, "SOLVER.OPTIMIZER", groups, cfg.SOLVER.BASE_LR, cfg
-    )
-    result = {MAIN: Optimization(optimizer, build_lr_scheduler(cfg, optimizer), main_clip(cfg))}
+    if lazy:
+        optimizer = lazy_optimizer(cfg, student)
+        for group in main_groups(cfg, nn.ModuleDict({"heads": heads}), excluded):
+            optimizer.add_param_group(group)
+        scheduler = lazy_scheduler(cfg, optimizer)
+    else:
+        groups = main_groups(cfg, nn.ModuleDict({"student": student, "heads": heads}), excluded)
+        optimizer = build_optimizer(
+            cfg.SOLVER.OPTIMIZER, "SOLVER.OPTIMIZER", groups, cfg.SOLVER.BASE_LR, cfg
+        )
+        scheduler = build_lr_scheduler(cfg, optimizer)
+    result = {MAIN: Optimization(optimizer, scheduler, main_clip(cfg))}
     for name, parameters in auxiliary.items():
         result[name] = _auxiliary(cfg, name, heads[name], parameters)
-    _check_partition(model, result)
+    _check_partition(model, result, complete=not lazy)
     return result
 
 
@@ -116,6 +130,10 @@ def _auxiliary(cfg: CfgNode, name: str, head: nn.Module, parameters: list) -> Op
     node = cfg.KD[name.upper()].OPTIMIZER
     groups = [{"params": parameters, "weight_decay": node.WEIGHT_DECAY}]
     optimizer = build_optimizer(node.NAME, f"{key}.NAME", groups, node.BASE_LR, cfg)
+    clip = GradientClip("full_model", node.CLIP_NORM) if node.CLIP_NORM > 0 else None
+    active = getattr(head, "aux_active", None)
+    if isinstance(cfg, LazyNode) and not node.LR_SCHEDULER_NAME:  # the student's, with its warm-up
+        return Optimization(optimizer, lazy_scheduler(cfg, optimizer), clip, active)
     own = cfg.clone()
     own.defrost()
     # the same final fraction of the start value as in the main schedule
@@ -123,12 +141,7 @@ def _auxiliary(cfg: CfgNode, name: str, head: nn.Module, parameters: list) -> Op
     own.SOLVER.BASE_LR = node.BASE_LR
     own.SOLVER.LR_SCHEDULER_NAME = node.LR_SCHEDULER_NAME or cfg.SOLVER.LR_SCHEDULER_NAME
     own.SOLVER.WARMUP_ITERS = node.WARMUP_ITERS
-    return Optimization(
-        optimizer,
-        build_lr_scheduler(own, optimizer),
-        GradientClip("full_model", node.CLIP_NORM) if node.CLIP_NORM > 0 else None,
-        getattr(head, "aux_active", None),
-    )
+    return Optimization(optimizer, build_lr_scheduler(own, optimizer), clip, active)
 
 
 def main_groups(cfg: CfgNode, model: nn.ModuleDict, excluded: set) -> list[dict]:
@@ -199,7 +212,7 @@ def trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     return list(dict.fromkeys(p for p in parameters if p.requires_grad))
 
 
-def _check_partition(model: nn.Module, optimizations: dict[str, Optimization]) -> None:
+def _check_partition(model: nn.Module, optimizations: dict, complete: bool = True) -> None:
     owners: dict[nn.Parameter, str] = {}
     for name, optimization in optimizations.items():
         for parameter in itertools.chain.from_iterable(
@@ -209,5 +222,8 @@ def _check_partition(model: nn.Module, optimizations: dict[str, Optimization]) -
                 raise AssertionError(f"a parameter is in '{owners[parameter]}' and in '{name}'")
             owners[parameter] = name
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p not in owners]
+    if missing and not complete:  # as its LazyConfig says
+        logger.warning(f"optimizer.params leaves out, so that they stay: {modules_in(missing)}")
+        return
     if missing or len(owners) != len(trainable(model.parameters())):
         raise AssertionError(f"parameters of the model and its optimizers differ: {missing}")

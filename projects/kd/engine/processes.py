@@ -9,8 +9,11 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from ..config import LazyNode
+from ..config.lazy_files import select
 from ..errors import ConfigError
 from ..weights.files import modules_in
 
@@ -26,7 +29,7 @@ def wrap_ddp(cfg: CfgNode, model: nn.Module, idle: Iterable[str] = ()) -> nn.Mod
     statistics.
 
     Args:
-        cfg: SOLVER.DDP_FIND_UNUSED_PARAMETERS is read.
+        cfg: SOLVER.DDP_FIND_UNUSED_PARAMETERS is read, of a LazyConfig all of ``train.ddp``.
         model: the training model.
         idle: names of parameters without a gradient in this process, of :func:`idle_parameters`.
             If any process has one, DDP looks in every step which gradients will come, whatever the
@@ -47,13 +50,17 @@ def wrap_ddp(cfg: CfgNode, model: nn.Module, idle: Iterable[str] = ()) -> nn.Mod
             f"{FIND_UNUSED}: taken as True, since the first batch gives no gradient to "
             f"{len(anywhere)} parameters: {modules_in(anywhere)}"
         )
-    return DistributedDataParallel(
+    own = select(cfg.lazy, "train.ddp") or {} if isinstance(cfg, LazyNode) else {}
+    wrapped = DistributedDataParallel(
         model,
         device_ids=[comm.get_local_rank()] if on_gpu else None,
-        broadcast_buffers=False,
+        broadcast_buffers=bool(own.get("broadcast_buffers", False)),
         find_unused_parameters=look or bool(anywhere),
         gradient_as_bucket_view=True,
     )
+    if own.get("fp16_compression", False):
+        wrapped.register_comm_hook(state=None, hook=fp16_compress_hook)
+    return wrapped
 
 
 def idle_parameters(model: nn.Module) -> list[str]:

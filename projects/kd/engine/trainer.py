@@ -17,6 +17,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from .. import stopping
+from ..config import LazyNode
 from ..data.loader import build_train_loader
 from ..data.unlabelled import scale_unlabelled
 from ..distiller import build_training_model, student_of
@@ -197,7 +198,8 @@ class DistillTrainer(DefaultTrainer):
             result.append(LearningCheck(cfg, lambda: self.checkpointer.whole))
             period = max(20, cfg.SOLVER.GATHER_METRIC_PERIOD)  # the losses are there by then
             result.append(Progress(heads, period, self.outcome.best))
-            result.append(PeriodicWriter(self.build_writers, period=20))
+            own = cfg.SOLVER.GATHER_METRIC_PERIOD if isinstance(cfg, LazyNode) else 20
+            result.append(PeriodicWriter(self.build_writers, period=own))
         return [hook for hook in result if hook is not None]
 
     def _test_and_keep(self, iterations: int = 0):

@@ -23,12 +23,14 @@ from detectron2.evaluation import (
 )
 from detectron2.utils import comm
 
+from ..config import LazyNode
 from ..data.mapper import ImageMapper, NamedErrors
 from ..detectors import class_names_of
 from ..errors import ConfigError
 from ..files import require_pickles
 from ..stopping import AgreeingEvaluator, UntilStopped
 from .detection_evaluator import DetectionEvaluator
+from .lazy_evaluation import evaluate_lazy
 from .sem_seg_evaluator import SemanticEvaluator
 from .tiles import TiledDetector
 
@@ -65,7 +67,8 @@ def evaluate(
     """Evaluate a model; progress and the time left are logged.
 
     Args:
-        cfg: decides the test-time input, the limits, and what is predicted.
+        cfg: decides the test-time input, the limits, and what is predicted; of a LazyConfig its
+            ``dataloader.test`` and ``dataloader.evaluator`` do.
         model: called in eval mode with detectron2's batches; in tiles if TEST.TILES.ENABLED.
         dataset_names: default: DATASETS.TEST.
         output_dir: predictions are written to its ``inference`` folder; default: OUTPUT_DIR.
@@ -77,6 +80,8 @@ def evaluate(
     """
     names = list(cfg.DATASETS.TEST if dataset_names is None else dataset_names)
     folder = os.path.join(output_dir or cfg.OUTPUT_DIR, "inference")
+    if isinstance(cfg, LazyNode) and dataset_names is None and mapper is None:
+        return evaluate_lazy(cfg, model, folder)
     if cfg.TEST.TILES.ENABLED:
         if mapper is not None:  # tiles are cut from one image, not from what a mapper adds
             raise ConfigError("TEST.TILES.ENABLED: this evaluation has a mapper of its own")
@@ -105,7 +110,7 @@ def check_evaluation(cfg: CfgNode) -> None:
     Raises:
         ConfigError: see :func:`build_evaluator`.
     """
-    for name in cfg.DATASETS.TEST:
+    for name in () if isinstance(cfg, LazyNode) else cfg.DATASETS.TEST:
         kind = _evaluator_kind(cfg, name)
         if kind in LABEL_MAPS or _segments_only(cfg):
             continue
@@ -125,7 +130,7 @@ def check_best_metric(cfg: CfgNode) -> None:
             "TEST.PATIENCE needs TEST.BEST_METRIC and a TEST.EVAL_PERIOD above 0: it counts "
             "evaluations without a better result"
         )
-    if not metric:
+    if not metric or isinstance(cfg, LazyNode):  # its evaluator says what there is
         return
     if not names:
         raise ConfigError("TEST.BEST_METRIC needs a data set in DATASETS.TEST")

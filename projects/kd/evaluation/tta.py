@@ -84,7 +84,7 @@ def tta_class(cfg):
     name = cfg.MODEL.META_ARCHITECTURE
     if name == "GeneralizedRCNN":
         return GeneralizedRCNNWithTTA
-    arch = META_ARCH_REGISTRY.get(name)
+    arch = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
     if isinstance(arch, type) and issubclass(arch, DenseDetector):
         return DenseDetectorWithTTA
     raise ConfigError(

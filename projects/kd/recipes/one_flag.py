@@ -10,21 +10,21 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from torch import nn
 
-from ..building import build_detector
-from ..config import load_config, merge_config, merge_overrides
+from ..building import build_detector, meta_device
+from ..config import LazyNode, load_config, merge_config, merge_overrides
 from ..config.config_files import read_yaml
 from ..config.key_checks import check_each
+from ..config.lazy_files import is_lazy_file
 from ..errors import ConfigError
 from ..files import published_weights, resolve_config
 from ..heads.base import IMITATION_HEAD_REGISTRY, head_class
 from ..levels import default_levels, pair_levels
-from ..teacher import build_from_lazy, build_from_yaml
+from ..teacher import build_from_config
 from .methods import families_of, family, method_file, method_names, source_of
 
 DEFAULT_METHOD = "PKD"
@@ -165,7 +165,8 @@ def _without_weights(cfg):
 
 
 def _student_outline(cfg) -> nn.Module:
-    if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
+    registered = cfg.MODEL.META_ARCHITECTURE in META_ARCH_REGISTRY
+    if not registered and not isinstance(cfg, LazyNode):
         raise ConfigError(
             f"MODEL.META_ARCHITECTURE: no meta-arch '{cfg.MODEL.META_ARCHITECTURE}' is registered "
             "(is its module in KD.IMPORTS?)"
@@ -176,7 +177,7 @@ def _student_outline(cfg) -> nn.Module:
         plain.pop(section)
     key = plain.dump()
     if key not in _OUTLINES:
-        with torch.device("meta"):
+        with meta_device():
             _OUTLINES[key] = build_detector(outline)
     return _OUTLINES[key]
 
@@ -185,15 +186,14 @@ def _teacher_outline(cfg) -> tuple[nn.Module, str, str]:
     """The teacher on the meta device, the weights that its config names, those that it trained."""
     node = cfg.KD.TEACHER
     path = resolve_config(node.CONFIG_FILE, "--teacher")
-    lazy = path.endswith(".py")
     outline = _without_weights(cfg)
-    if not lazy:
+    if not is_lazy_file(path):
         no_backbone_weights = ["MODEL.TIMM.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", False]
         outline.KD.TEACHER.OPTS = [*node.OPTS, *no_backbone_weights]
     key = path, os.stat(path).st_mtime_ns, str(node.OPTS)
     if key not in _OUTLINES:
-        with torch.device("meta"):
-            _OUTLINES[key] = (build_from_lazy if lazy else build_from_yaml)(outline, path)
+        with meta_device():
+            _OUTLINES[key] = build_from_config(outline, path)
     model, own, weights, *_ = _OUTLINES[key]
     weights = published_weights(node.CONFIG_FILE, weights, node.OPTS)
     return model, weights, _trained_weights(own)

@@ -83,8 +83,10 @@ def build(cfg, student_input: bool) -> Detector:
         cfg.MODEL.MASK_ON = teacher.cfg.MODEL.MASK_ON
         cfg.MODEL.KEYPOINT_ON = teacher.cfg.MODEL.KEYPOINT_ON
         cfg.TEST.DETECTIONS_PER_IMAGE = teacher.cfg.TEST.DETECTIONS_PER_IMAGE
+        says = getattr(teacher.cfg, "holds", lambda key: True)  # a LazyConfig may say no size
         for key in () if student_input else INPUT_KEYS:
-            cfg.INPUT[key] = teacher.cfg.INPUT[key]
+            if says(f"INPUT.{key}"):
+                cfg.INPUT[key] = teacher.cfg.INPUT[key]
     for key in INPUT_KEYS if student_input else ():
         cfg.INPUT[key] = round(cfg.INPUT[key] * cfg.KD.TEACHER.INPUT_SCALE)
     return Detector(teacher.model, cfg, teacher.cfg, teacher.names)
@@ -134,7 +136,9 @@ def main(args):
     model, cfg, *_ = build(cfg, args.student_input)
     folder = os.path.join(cfg.OUTPUT_DIR, "teacher_evaluation")
     with torch.no_grad():
-        results = evaluate(cfg, model, output_dir=folder)
+        # a student's LazyConfig has a loader for the student
+        names = cfg.DATASETS.TEST if cfg.KD.TEACHER.CONFIG_FILE else None
+        results = evaluate(cfg, model, names, output_dir=folder)
     report = {
         "config": args.config_file,
         "teacher": cfg.KD.TEACHER.CONFIG_FILE or args.config_file,

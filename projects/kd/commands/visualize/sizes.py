@@ -17,7 +17,7 @@ from detectron2.data import DatasetCatalog
 from ...analysis.size_advice import size_advice
 from ...analysis.size_pictures import detections_by_size, size_histogram
 from ...arguments import Parser, number, output_file, whole
-from ...config import load_config
+from ...config import LazyNode, load_config
 from ...data.register import register_configured
 from ...errors import ConfigError
 
@@ -49,7 +49,9 @@ def main(args):
     if not args.results:
         shares = size_histogram(args.dataset, args.output)
         print(", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items()))
-        if cfg is not None:
+        if isinstance(cfg, LazyNode):
+            print("no advice on sizes and anchors: it is for the keys of a YAML config")
+        elif cfg is not None:
             print(size_advice(args.dataset, cfg).text())
         return shares
     counts = detections_by_size(args.dataset, args.results, args.output, args.num, args.threshold)
