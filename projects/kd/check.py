@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import logging
 import os
 
@@ -53,6 +54,7 @@ def check_config(cfg, training: bool = True) -> None:
             raise ConfigError("INPUT.CROP.AFTER_RESIZE: INPUT.DETR_AUGMENTATION has its own crop")
         _check_solver(cfg)
         check_best_metric(cfg)
+        _check_writers(cfg)
         if cfg.KD.META_ARCHITECTURE:
             _check_distillation(cfg)
         elif cfg.KD.INIT_FROM_TEACHER:
@@ -170,6 +172,16 @@ def _check_solver(cfg) -> None:
         raise ConfigError("SOLVER.AMP.DTYPE: float16 needs a GPU; use bfloat16 on a CPU")
     if solver.EMA.EVAL_ONLY and not solver.EMA.ENABLED:
         raise ConfigError("SOLVER.EMA.EVAL_ONLY needs SOLVER.EMA.ENABLED True")
+
+
+def _check_writers(cfg) -> None:
+    for name in cfg.WRITERS.NAMES:
+        if not importlib.util.find_spec(name):
+            raise ConfigError(
+                f"WRITERS.NAMES: {name} is not installed: pip install {name}, or take it out"
+            )
+    if cfg.TEST.PICTURES.PERIOD and not cfg.DATASETS.TEST:
+        raise ConfigError("TEST.PICTURES.PERIOD needs a data set in DATASETS.TEST")
 
 
 def _warn_of_slow_bfloat16(cfg) -> None:

@@ -9,19 +9,31 @@ import kd_models
 import pytest
 from detectron2.utils.events import EventStorage
 
-from projects.kd.engine.learning import BLOCK, LEAST, LearningCheck, flat, suspects, task_losses
+from projects.kd.engine.learning import (
+    BLOCK,
+    LEAST,
+    SETTLING,
+    LearningCheck,
+    flat,
+    suspects,
+    task_losses,
+)
 
-# Task losses of the first tenth of runs on shapes, medians of 20 iterations: Faster and Cascade
-# R-CNN and GFL, plain and with CWD or PKD, of 400 to 4800 iterations. They ended at 4 to 79 AP.
+# Task losses of the first tenth and more of runs on shapes, medians of 20 iterations: Faster and
+# Cascade R-CNN and GFL, plain and with CWD or PKD, of 400 to 4800 iterations; they ended at 4 to 79
+# AP.
 LOGS = json.loads(Path(__file__).with_name("learning_logs.json").read_text())
 
 
 @pytest.mark.parametrize("run", LOGS.values(), ids=LOGS)
 def test_no_alarm_in_runs_that_learnt(run):
     series = list(run["losses"].values())
-    for length in range(LEAST, len(series[0]) + 1):
+    looked = 0
+    for length in range(SETTLING + LEAST, len(series[0]) + 1):
         if 10 * BLOCK * length >= run["iterations"]:
-            assert flat([values[:length] for values in series]) is not True
+            looked += 1
+            assert flat([values[SETTLING:length] for values in series]) is not True
+    assert looked > 2
 
 
 def train(steps, losses, max_iter=2000, start=0, metrics=None, whole=False, rate=0.02):
@@ -58,14 +70,31 @@ def test_a_learning_rate_of_zero_is_noticed_and_said_once(caplog):
         caplog.clear()
         train(1500, noise(random.Random(seed)), rate=1e-12)
         (record,) = caplog.records
-        assert "own losses are after" in record.message and "Check first: (1)" in record.message
+        assert (
+            "own losses are still what they were" in record.message
+            and "Check first: (1)" in record.message
+        )
         assert "SOLVER.BASE_LR 1e-12" in record.message and "rate is 1e-12 now" in record.message
         assert "\n" not in record.message
 
 
+def test_a_normaliser_that_settles_hides_nothing(caplog):
+    draw = random.Random(2)
+    scale = [1.0]
+
+    def losses(
+        done,
+    ):  # as detectron2's dense detectors divide: by a running mean that starts at 100
+        scale[0] = 100.0 if done == 1 else 0.9 * scale[0] + 0.1 * 2.0
+        return {"loss_cls": draw.lognormvariate(0, 0.2) / scale[0]}
+
+    train(1500, losses, rate=1e-12)
+    assert len(caplog.records) == 1
+
+
 def test_losses_that_fall_are_not(caplog):
     for seed in range(5):
-        train(1500, noise(random.Random(seed), falling=0.001))
+        train(1500, noise(random.Random(seed), falling=0.002))
     assert not caplog.records
 
 
@@ -73,7 +102,7 @@ def test_a_whole_detector_a_resumed_run_and_one_that_detects_are_not_judged_by_l
     train(1500, noise(random.Random(0)), whole=True)
     train(1500, noise(random.Random(0)), start=100)
     train(1500, noise(random.Random(0)), metrics={50: {"bbox/AP": 0.3}})
-    train(180, noise(random.Random(0)))  # before a tenth of the run
+    train(1900, noise(random.Random(0)), max_iter=20000)  # before a tenth of the run
     assert not caplog.records
 
 
@@ -93,17 +122,17 @@ def test_an_ap_of_zero_at_the_first_evaluation_is_said(caplog):
 
 def test_an_uncertain_answer_is_none():
     draw = random.Random(0)
-    assert flat([[draw.gauss(1, 0.3) for _ in range(6)]]) is None
+    assert flat([[draw.gauss(1, 0.3) for _ in range(10)]]) is None
     assert flat([[1.0] * 6, [1.0, 1.0, 1.0, 2.0, 2.0, 2.0]]) is False
     assert flat([[1.0] * 6, [2.0, 2.1] * 3]) is True
 
 
 def test_losses_are_medians_of_twenty_without_those_of_heads():
     with EventStorage(0) as storage:
-        for i in range(45):
+        for i in range(105):
             storage.iter = i
             storage.put_scalars(loss_cls=float(i), loss_kd_x=1.0, loss_aux_x=1.0, loss_null=0.0)
-        assert task_losses(storage) == [[9.5, 29.5]]
+        assert task_losses(storage) == [[69.5, 89.5]]
 
 
 def test_what_to_check_follows_the_config():

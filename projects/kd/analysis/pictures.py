@@ -20,8 +20,8 @@ from matplotlib.patches import Patch, Rectangle
 from pycocotools import mask as mask_util
 
 from ..errors import ConfigError
+from ..evaluation.pictures import MIN_SCORE
 
-MIN_SCORE = 0.3  # detections below are not drawn
 _COLOURS = plt.get_cmap("tab10").colors
 
 

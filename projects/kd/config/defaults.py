@@ -74,7 +74,6 @@ def add_kd_config(cfg: CN) -> None:
     """Add all keys of this project, with their defaults, to a detectron2 config."""
     _add_distillation_keys(cfg)
     _add_solver_keys(cfg)
-    _add_test_keys(cfg)
     _add_data_keys(cfg)
     _add_backbone_keys(cfg)
     _add_segmentation_keys(cfg)
@@ -194,18 +193,6 @@ def _add_solver_keys(cfg: CN) -> None:
     # True: the plain student also as model_final.safetensors, and model_best.safetensors with
     # TEST.BEST_METRIC, each with the weights that are evaluated.
     solver.SAFETENSORS = False
-
-
-def _add_test_keys(cfg: CN) -> None:
-    # Metric by which the weights of the best evaluation are kept as model_best.pth, e.g. "bbox/AP",
-    # "segm/AP50", "sem_seg/mIoU"; with several data sets in DATASETS.TEST "<data set>/bbox/AP".
-    # "" = they are not kept.
-    cfg.TEST.BEST_METRIC = ""
-    # "max": higher is better; "min": lower is.
-    cfg.TEST.BEST_MODE = "max"
-    # Training ends after so many evaluations (TEST.EVAL_PERIOD) in a row without a better
-    # TEST.BEST_METRIC. 0 = it goes on to SOLVER.MAX_ITER.
-    cfg.TEST.PATIENCE = 0
 
 
 def _add_data_keys(cfg: CN) -> None:

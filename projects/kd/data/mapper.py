@@ -225,3 +225,9 @@ def build_train_mapper(cfg: CfgNode, labelled: bool = True) -> Callable[[dict], 
         head = cfg.MODEL.SEM_SEG_HEAD
         mapper = UsableLabels(mapper, head.NUM_CLASSES, head.IGNORE_VALUE)
     return NamedErrors(mapper)
+
+
+def build_annotated_mapper(cfg: CfgNode) -> Callable[[dict], dict | None]:
+    """Images at test size with their annotations as training has them, always the same."""
+    resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    return NamedErrors(MultiResolutionMapper(cfg, is_train=True, augmentations=[resize]))

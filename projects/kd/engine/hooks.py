@@ -250,11 +250,19 @@ class PeriodicWriter(hooks.PeriodicWriter):
 
     def __init__(self, make_writers: Callable[[], list[EventWriter]], period: int = 20):
         super().__init__([], period)
+        self.period = period
         self._make_writers = make_writers
 
     def before_train(self) -> None:
         """Make the writers."""
         self._writers = self._make_writers()
+
+    def after_step(self) -> None:
+        """Write; pictures go even where the event file could not be written."""
+        super().after_step()
+        done = self.trainer.iter + 1
+        if done % self.period == 0 or done == self.trainer.max_iter:
+            self.trainer.storage.clear_images()
 
 
 class QuietUserErrors(logging.Filter):

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import disk_fault
 from .best import build_best
+from .eval_pictures import EvalPictures
 from .hooks import ModelEMA
 from .model_card import write_card
 from .student_files import BEST, write_best, write_safetensors
@@ -31,10 +32,18 @@ class Outcome:
         cfg: of the run.
         student: the plain detector.
         ema: its average, or None; with SOLVER.EMA.EVAL_ONLY that is what is evaluated and kept.
+        model: the training model around it, for the pictures of heads.
     """
 
-    def __init__(self, cfg: CfgNode, student: nn.Module, ema: ModelEMA | None = None):
+    def __init__(
+        self,
+        cfg: CfgNode,
+        student: nn.Module,
+        ema: ModelEMA | None = None,
+        model: nn.Module | None = None,
+    ):
         self.cfg, self.student = cfg, student
+        self.pictures = EvalPictures(cfg, student if model is None else model, student)
         self.ema = ema if cfg.SOLVER.EMA.EVAL_ONLY else None
         self._evaluated: tuple[int, dict] = (0, {})  # of this process
         self.best = build_best(cfg)
@@ -62,7 +71,7 @@ class Outcome:
     def _weights(self):
         return contextlib.nullcontext() if self.ema is None else self.ema.applied()
 
-    def evaluate(self, test: Callable, iterations: int, seed: int) -> dict:
+    def evaluate(self, test: Callable, iterations: int, seed: int, final: bool = False) -> dict:
         """Evaluate, and keep the weights if they are the best; all processes call it together.
 
         Weights that were evaluated last are not evaluated again.
@@ -71,6 +80,7 @@ class Outcome:
             test: gives the nested dict of results of the student as it is.
             iterations: that are finished.
             seed: of the run.
+            final: these are the last ones.
 
         Raises:
             ConfigError: there is no TEST.BEST_METRIC among the results, or no place to write to.
@@ -79,6 +89,8 @@ class Outcome:
             with self._weights():
                 results = test(self.student)
                 self.take(results, iterations, seed)
+                if self.pictures.due(iterations, final):
+                    self.pictures.put(iterations)
             self._evaluated = (iterations, results)
         return self._evaluated[1]
 

@@ -17,7 +17,6 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from .. import stopping
-from ..config import LazyNode
 from ..data.loader import build_train_loader
 from ..data.unlabelled import scale_unlabelled
 from ..distiller import build_training_model, student_of
@@ -29,21 +28,18 @@ from .export import write_student_config
 from .hooks import (
     AuxLRScheduler,
     EMAHook,
-    LossBalance,
     ModelEMA,
-    PeriodicWriter,
     hide_user_errors,
     repeatable_precise_bn,
     running_floats,
     set_floats,
 )
 from .inherit import inherit
-from .learning import LearningCheck
 from .loop import TrainLoop
 from .optim import MAIN, build_optimizations
 from .outcome import FINAL, FinishHook, Outcome
 from .processes import wrap_ddp
-from .progress import Progress
+from .report_hooks import report_hooks
 from .resume import (
     changes_since,
     config_text,
@@ -52,6 +48,7 @@ from .resume import (
     place_schedules,
     tell_changes,
 )
+from .trackers import build_trackers
 from .writers import build_writers
 
 logger = logging.getLogger(__name__)
@@ -104,7 +101,7 @@ class DistillTrainer(DefaultTrainer):
             keep=cfg.SOLVER.KEEP_CHECKPOINTS,
             **saved,
         )
-        self.outcome = Outcome(cfg, self.student, self.ema)
+        self.outcome = Outcome(cfg, self.student, self.ema, training_model)
         self._trainer = TrainLoop(
             training_model,
             None,  # made by train(), when the place to start from is known
@@ -173,8 +170,9 @@ class DistillTrainer(DefaultTrainer):
             logger.info(f"Full config saved to {path}")
 
     def build_writers(self) -> list:
-        """metrics.json and event files, from the iteration that is the first."""
-        return build_writers(self.cfg.OUTPUT_DIR, self.start_iter)
+        """metrics.json, WRITERS and event files, from the iteration that is the first."""
+        trackers = build_trackers(self.cfg, self.start_iter)
+        return build_writers(self.cfg.OUTPUT_DIR, self.start_iter, trackers)
 
     def build_hooks(self) -> list:
         """detectron2's hooks, on all ranks, with the other learning rates and the average."""
@@ -192,14 +190,8 @@ class DistillTrainer(DefaultTrainer):
             FinishHook(lambda: self.outcome.finish(self.max_iter, self.seed)),
         ]
         if comm.is_main_process():
-            if cfg.KD.META_ARCHITECTURE:
-                result.append(LossBalance(cfg.SOLVER.GATHER_METRIC_PERIOD))
-            heads = cfg.KD.HEADS if cfg.KD.META_ARCHITECTURE else ()
-            result.append(LearningCheck(cfg, lambda: self.checkpointer.whole))
-            period = max(20, cfg.SOLVER.GATHER_METRIC_PERIOD)  # the losses are there by then
-            result.append(Progress(heads, period, self.outcome.best))
-            own = cfg.SOLVER.GATHER_METRIC_PERIOD if isinstance(cfg, LazyNode) else 20
-            result.append(PeriodicWriter(self.build_writers, period=own))
+            best = self.outcome.best
+            result += report_hooks(cfg, best, lambda: self.checkpointer.whole, self.build_writers)
         return [hook for hook in result if hook is not None]
 
     def _test_and_keep(self, iterations: int = 0):
@@ -207,7 +199,8 @@ class DistillTrainer(DefaultTrainer):
         iterations = iterations or min(self.iter + 1, self.max_iter)
         test = functools.partial(self.test, self.cfg)
         try:
-            self._last_eval_results = self.outcome.evaluate(test, iterations, self.seed)
+            final = iterations >= self.max_iter
+            self._last_eval_results = self.outcome.evaluate(test, iterations, self.seed, final)
         except ConfigError:  # that it could not be known before costs no iteration
             if self.checkpointer.last_saved != iterations - 1 and iterations < self.max_iter:
                 self.checkpointer.save(f"model_{iterations - 1:07d}", iteration=iterations - 1)

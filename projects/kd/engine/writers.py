@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
@@ -24,17 +24,21 @@ METRICS = "metrics.json"
 _numbers = itertools.count()
 
 
-def build_writers(folder: str, start_iter: int) -> list[EventWriter]:
+def build_writers(
+    folder: str, start_iter: int, more: Sequence[EventWriter] = ()
+) -> list[EventWriter]:
     """detectron2's writers of files: metrics.json and TensorBoard's event file.
 
     Args:
         folder: OUTPUT_DIR, which exists.
         start_iter: the first iteration of this process. What metrics.json has of it and of later
             ones is of steps that were lost and are taken again, and goes.
+        more: writers before TensorBoard's, which takes the pictures out of the event storage.
     """
     path = os.path.join(folder, METRICS)
     return [
         Tolerant(METRICS, lambda: MetricsFile(path, start_iter)),
+        *more,
         Tolerant("the event file of TensorBoard", lambda: EventFiles(folder, start_iter)),
     ]
 

@@ -1,6 +1,6 @@
 """Evaluation: data sets' evaluators, tiles, test-time augmentation; importing registers them."""
 
-from . import quick, visdrone_evaluator  # noqa: F401
+from . import quick, results_keys, visdrone_evaluator  # noqa: F401
 from .detection_evaluator import DetectionEvaluator
 from .evaluators import (
     build_evaluator,

@@ -24,7 +24,6 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from detectron2.data import MetadataCatalog
-from detectron2.data import transforms as T
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from matplotlib.patches import Rectangle
@@ -32,7 +31,7 @@ from matplotlib.patches import Rectangle
 from ... import build_training_model, check_config, load_config
 from ...analysis.pictures import data_set_entry, write_picture
 from ...arguments import Parser, output_file, whole
-from ...data.mapper import MultiResolutionMapper, NamedErrors
+from ...data.mapper import build_annotated_mapper
 from ...data.register import register_configured
 from ...distiller import paired_infos
 from ...engine.inherit import inherit
@@ -47,16 +46,7 @@ from ...weights.loading import load_detector, load_run
 def load_example(cfg, dataset: str, index: int) -> dict:
     """One image of a data set at test size, with its annotations."""
     entry = data_set_entry(dataset, index)
-    resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-    mapper = MultiResolutionMapper(
-        is_train=True,
-        teacher_scale=cfg.KD.TEACHER.INPUT_SCALE,
-        augmentations=[resize],
-        image_format=cfg.INPUT.FORMAT,
-        white=cfg.INPUT.WHITE,
-        use_instance_mask=False,
-    )
-    example = NamedErrors(mapper)(entry)
+    example = build_annotated_mapper(cfg)(entry)
     if not len(example["instances"]):
         raise ConfigError(f"--index: image {index} of '{dataset}' has no objects")
     return example

@@ -21,53 +21,16 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventStorage
 from matplotlib.patches import Rectangle
 
 from ... import build_training_model, check_config, load_config
 from ...analysis.pictures import write_picture
 from ...arguments import Parser, output_file, whole
 from ...data.register import register_configured
+from ...engine.pulls import pulls, undisturbed
 from ...errors import ConfigError
 from ...weights.loading import load_detector, load_run
 from .distill import load_example
-
-
-def pulls(model, example: dict, iteration: int) -> dict[str, list[torch.Tensor]]:
-    """Per head, the norm of its gradient in every cell of each map that it acts on.
-
-    Args:
-        model: the training wrapper in training mode.
-        example: one image of the data set, with its annotations.
-        iteration: that the heads are told; ICD reaches the student late.
-
-    Returns:
-        Head to (h, w) maps, finest first, cut to the cells inside the image. Maps without a
-        gradient are left out; a head without any has an empty list.
-    """
-    found = {}
-    with EventStorage(iteration):
-        ctx, _ = model.observe([example])
-        for name, head in model.heads.items():
-            losses = [value for key, value in head(ctx).items() if key.startswith("loss_kd_")]
-            maps = head.acts_on(ctx)
-            gradients = [None] * len(maps)
-            total = sum(losses)
-            if losses and total.requires_grad:
-                gradients = torch.autograd.grad(total, maps, retain_graph=True, allow_unused=True)
-            norms = [g[0].float().norm(dim=0) for g in gradients if g is not None]
-            norms.sort(key=torch.numel, reverse=True)
-            found[name] = [inside(norm, ctx) for norm in norms if norm.any()]
-    return found
-
-
-def inside(norm: torch.Tensor, ctx) -> torch.Tensor:
-    """The rows and columns of a map that lie in the image, not in its padding."""
-    rows, columns = (
-        -(-cells * side // full)  # rounded up
-        for cells, side, full in zip(norm.shape, ctx.image_sizes[0], ctx.canvas, strict=True)
-    )
-    return norm[:rows, :columns]
 
 
 def draw(path: str, image: torch.Tensor, boxes: torch.Tensor, found: dict) -> None:
@@ -133,10 +96,8 @@ def main(args) -> None:
         load_detector(model.student, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", cfg.KD.ALLOW_PICKLE)
     if args.checkpoint:
         load_run(model, args.checkpoint, "--checkpoint")
-    for module in model.train().modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.eval()
-    found = pulls(model, example, cfg.SOLVER.MAX_ITER - 1)
+    with undisturbed(model):
+        found = pulls(model, example, cfg.SOLVER.MAX_ITER - 1)
     image = example["image"] if cfg.INPUT.FORMAT == "RGB" else example["image"].flip(0)
     boxes = example["instances"].gt_boxes.tensor
     draw(args.output, image.permute(1, 2, 0), boxes, found)
