@@ -90,6 +90,18 @@ def test_an_exported_detector_finds_the_same(tmp_path, name, suffix, suppress):
                 torch.testing.assert_close(both[1:], one, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["GFL", "RepPoints"])
+def test_an_image_in_which_nothing_is_found(tmp_path, name):
+    pytest.importorskip("onnxruntime")
+    cfg = cfg_of(name)
+    cfg.MODEL[name.upper()].SCORE_THRESH_TEST = 1.0
+    graph = graph_of(build(cfg))
+    path = str(tmp_path / "student.onnx")
+    formats.write(path, graph, facts_of(cfg, graph))
+    results = ExportedDetector.load(path, threads=1)(items())
+    assert [len(x["instances"]) for x in results] == [0, 0]
+
+
 def test_torch_export_takes_one_size(tmp_path):
     cfg = cfg_of("FCOS")
     model = sharp(cfg)

@@ -50,7 +50,8 @@ def distribution_focal_loss(bins: torch.Tensor, target: torch.Tensor) -> torch.T
 
 def integral(bins: torch.Tensor) -> torch.Tensor:
     """(..., 4 * (n + 1)) logits to (..., 4) expected side lengths (equation 4)."""
-    probability = bins.unflatten(-1, (4, -1)).softmax(-1)
+    # the number in full: of no locations, an exported graph could not tell it
+    probability = bins.unflatten(-1, (4, int(bins.shape[-1]) // 4)).softmax(-1)
     lengths = torch.arange(probability.shape[-1], device=bins.device, dtype=bins.dtype)
     return probability @ lengths
 

@@ -108,7 +108,7 @@ class PointBoxes(nn.Module):
 
     def apply_deltas(self, points: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
         """(R, 2 P) points in strides at (R, 4) anchors to (R, 4) boxes XYXY in pixels."""
-        points = points.float().unflatten(1, (-1, 2))
+        points = points.float().unflatten(1, (int(points.shape[1]) // 2, 2))
         if self.transform == "moment":
             own = self.moment_transfer
             boxes = moment_boxes(points, torch.lerp(own.detach(), own, self.moment_mul))
