@@ -21,6 +21,7 @@ LAYERS = (
     ("heads", "modeling", "evaluation"),
     ("building", "unlabelled"),
     ("teacher",),
+    ("teacher_link",),
     ("distiller",),
     ("check", "recipes"),
     ("engine", "deploy"),

@@ -17,6 +17,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from .config import INHERIT
+from .config.teachers import config_of_head, key_of_head
 from .context import DistillContext
 from .errors import ConfigError
 
@@ -183,7 +184,7 @@ class ShareController:
         if task == 0:
             raise ConfigError(
                 f"KD.BALANCE: the task losses have no gradient at the maps that {name} acts on "
-                f"(is MODEL.BACKBONE frozen, or are they not read?); set KD.{name.upper()}.SHARE "
+                f"(is MODEL.BACKBONE frozen, or are they not read?); set {key_of_head(name)}.SHARE "
                 "to 0.0"
             )
         parts = [value for key, value in losses.items() if key.startswith("loss_kd_")]
@@ -206,7 +207,8 @@ def build_balance(cfg, heads: nn.ModuleDict) -> ShareController | None:
     node = cfg.KD.BALANCE
     targets = {}
     for name in heads:
-        own = cfg.KD.get(name.upper(), {}).get("SHARE", INHERIT)
+        config, head = config_of_head(cfg, name)
+        own = config.KD.get(head.upper(), {}).get("SHARE", INHERIT)
         start = node.TARGET if own == INHERIT else own
         if start > 0:
             end = node.END_TARGET if own == INHERIT and node.END_TARGET > 0 else start

@@ -13,6 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from .config import lazy_of
 from .config.key_checks import check_values
 from .config.lazy_files import select
+from .config.teachers import config_of, image_scale, teacher_names, told_of
 from .data.classes import check_class_names
 from .data.needs import check_data_sets
 from .data.slices import base_of
@@ -56,7 +57,7 @@ def check_config(cfg, training: bool = True) -> None:
         check_best_metric(cfg)
         _check_writers(cfg)
         if cfg.KD.META_ARCHITECTURE:
-            _check_distillation(cfg)
+            _check_teachers(cfg)
         elif cfg.KD.INIT_FROM_TEACHER:
             raise ConfigError("KD.INIT_FROM_TEACHER needs KD.META_ARCHITECTURE and a teacher")
         _warn_of_slow_bfloat16(cfg)
@@ -191,11 +192,35 @@ def _warn_of_slow_bfloat16(cfg) -> None:
     asked = []
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "bfloat16":
         asked.append("SOLVER.AMP.DTYPE")
-    if cfg.KD.META_ARCHITECTURE and cfg.KD.TEACHER.DTYPE == "bfloat16":
-        asked.append("KD.TEACHER.DTYPE")
+    for name in teacher_names(cfg) if cfg.KD.META_ARCHITECTURE else ():
+        if config_of(cfg, name).KD.TEACHER.DTYPE == "bfloat16":
+            asked.append(f"KD.TEACHERS.{name}.DTYPE" if name else "KD.TEACHER.DTYPE")
     for key in asked:
         logger.warning(
             "%s: this CPU has no instructions for bfloat16, float32 is several times as fast", key
+        )
+
+
+def _check_teachers(cfg) -> None:
+    """Each of KD.TEACHERS as if it were the only one, and what they must agree in."""
+    kd = cfg.KD
+    if kd.TEACHERS:
+        for key, value, instead in (
+            ("KD.TEACHER.CONFIG_FILE", kd.TEACHER.CONFIG_FILE, "name it among them"),
+            ("KD.INIT_FROM_TEACHER", kd.INIT_FROM_TEACHER, "write it in the node of one of them"),
+        ):
+            if value:
+                raise ConfigError(f"{key} is set, and so is KD.TEACHERS: {instead}")
+    names = teacher_names(cfg)
+    for name in names:
+        with told_of(name):
+            _check_distillation(config_of(cfg, name))
+    image_scale(cfg)
+    starts = [name for name in names if name and config_of(cfg, name).KD.INIT_FROM_TEACHER]
+    if len(starts) > 1:
+        raise ConfigError(
+            f"KD.TEACHERS.{starts[1]}.INIT_FROM_TEACHER: the student starts from one teacher, here "
+            f"are {' and '.join(starts)}"
         )
 
 

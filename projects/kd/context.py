@@ -97,6 +97,9 @@ class DistillContext:
         log_scalars: whether :meth:`put_scalar` records in this step.
         labelled: the labelled images of the batch alone, where it has others as well.
         sources: by the ``id`` of a map, the maps that it was put together from.
+        teacher_name: of several teachers; it goes into the names of scalars.
+        others: module name of a head to the context of its teacher, for the heads of further
+            teachers; see :meth:`of_head`.
     """
 
     iteration: int
@@ -117,6 +120,8 @@ class DistillContext:
     log_scalars: bool = False
     labelled: DistillContext | None = None
     sources: Mapping[int, tuple[torch.Tensor, ...]] = field(default_factory=dict, repr=False)
+    teacher_name: str = ""
+    others: dict[str, DistillContext] = field(default_factory=dict, repr=False)
     _masks: dict[tuple, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -128,6 +133,10 @@ class DistillContext:
     def origins(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Maps of the batch as the detector computed them, part by part."""
         return [part for x in maps for part in self.sources.get(id(x), (x,))]
+
+    def of_head(self, module: str) -> DistillContext:
+        """What a head reads, by its module name: the step with the teacher that it belongs to."""
+        return self.others.get(module, self)
 
     def stride(self, level: str) -> int:
         """Stride of a student level in input pixels."""
@@ -249,6 +258,9 @@ class DistillContext:
         """Log a scalar, at KD.LOG_PERIOD only (reading a tensor waits for the device)."""
         if self.log_scalars:
             value = value.item() if isinstance(value, torch.Tensor) else value
+            if self.teacher_name:
+                group, slash, last = name.rpartition("/")
+                name = f"{group}{slash}{self.teacher_name}_{last}"
             get_event_storage().put_scalar(name, value, smoothing_hint=False)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from detectron2.config import configurable
@@ -13,6 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .balance import ShareController, build_balance
 from .building import build_detector
+from .config.teachers import (
+    config_of,
+    config_of_head,
+    module_name,
+    teacher_names,
+    told_of,
+    weight_of,
+)
 from .context import DistillContext, ModelInfo
 from .data.classes import compare_with_teacher
 from .data.unlabelled import FLAG
@@ -23,13 +34,12 @@ from .levels import (
     StudentPadding,
     common_divisibility,
     pair_levels,
-    scaled_divisibility,
-    scaled_size,
 )
 from .modeling.narrow_maps import guard_narrow_maps
 from .schedule import Ramp, build_ramp
-from .taps import FeatureTaps, TapSpec
+from .taps import FeatureTaps
 from .teacher import Teacher, build_teacher
+from .teacher_link import TeacherLink, extra_taps
 from .unlabelled import check_heads, context_of, join, observe_unlabelled, parts_of
 
 
@@ -60,63 +70,61 @@ class DistillMetaArch(nn.Module):
         self,
         *,
         student: nn.Module,
-        teacher: Teacher,
         heads: nn.ModuleDict,
         ramps: Mapping[str, Ramp],
-        level_map: Mapping[str, str],
+        teacher: Teacher | None = None,
+        level_map: Mapping[str, str] = MappingProxyType({}),
         image_format: str = "BGR",
         log_period: int = 20,
         compile_teacher: bool = False,
         teacher_scale: float = 1.0,
         balance: ShareController | None = None,
+        links: Sequence[TeacherLink] = (),
     ):
         super().__init__()
         self.student = student
         self.heads = heads
-        self.teacher = teacher
         self.ramps = dict(ramps)
-        self.level_map = dict(level_map)
         self.image_format = image_format
         self.log_period = log_period
         self.balance = balance
+        if not links:
+            own = {"scale": teacher_scale, "compiled": compile_teacher}
+            links = [TeacherLink(teacher, dict(level_map), tuple(heads), **own)]
+        self.links = tuple(links)
+        self.teacher, self.level_map = self.links[0].teacher, dict(self.links[0].level_map)
+        self.teacher_scale = self.links[0].scale
         needed = {"features"}.union(*(head.requires for head in heads.values()))
         ours = needed.union(*(head.requires_student for head in heads.values()))
         specs = {name: spec for name, spec in taps_for(student).items() if name in ours}
-        self._taps = FeatureTaps(student, {**specs, **_extra_taps(heads, "student")})
-        teacher.tap(needed, compile_teacher, _extra_taps(heads, "teacher"))
-        self.teacher_scale = teacher_scale
+        self._taps = FeatureTaps(student, {**specs, **extra_taps(heads, "student")})
         self._strides = {name: s.stride for name, s in student.backbone.output_shape().items()}
-        theirs = teacher.model.backbone.output_shape()
-        self._teacher_strides = {ours: theirs[x].stride for ours, x in self.level_map.items()}
-        strides = {x: (self._strides[x], self._teacher_strides[x]) for x in self.level_map}
-        needed = scaled_divisibility(teacher_scale, strides, teacher.size_divisibility)
-        self._padding = _student_padding(student, needed, teacher_scale)
+        needed = [link.connect(heads, self._strides) for link in self.links]
+        scale = next((link.scale for link in self.links if link.scale != 1), 1.0)
+        self._padding = _student_padding(student, math.lcm(*needed), scale)
         self._canvas = _CanvasProbe()
         student.backbone.register_forward_pre_hook(self._canvas)
 
     @classmethod
     def from_config(cls, cfg) -> dict:
-        """Build the student of MODEL.META_ARCHITECTURE, the teacher and KD.HEADS."""
+        """Build the student of MODEL.META_ARCHITECTURE, the teachers and their KD.HEADS."""
         student = build_detector(cfg)
-        teacher = build_teacher(cfg)
-        backbones = student.backbone, teacher.model.backbone
-        level_map = pair_levels(cfg.KD.LEVEL_MAP, *backbones, required=False)
-        student_info, teacher_info = paired_infos(cfg, student, teacher, level_map)
-        heads = build_imitation_heads(cfg, student_info, teacher_info)
+        heads, links = nn.ModuleDict(), []
+        for name in teacher_names(cfg):
+            with told_of(name):
+                link, own = link_to_teacher(config_of(cfg, name), student, name)
+            link.weight = weight_of(cfg, name)
+            heads.update(own)
+            links.append(link)
         check_heads(cfg, heads)
-        compared = {name: head.compares for name, head in heads.items()}
-        compare_with_teacher(cfg, teacher.names, compared, teacher.shared)
         return {
             "student": student,
-            "teacher": teacher,
             "heads": heads.to(cfg.MODEL.DEVICE),
             "balance": build_balance(cfg, heads),
-            "ramps": {name: build_ramp(cfg, name) for name in heads},
-            "level_map": level_map,
+            "ramps": {module: build_ramp(*config_of_head(cfg, module)) for module in heads},
             "image_format": cfg.INPUT.FORMAT,
             "log_period": cfg.KD.LOG_PERIOD,
-            "compile_teacher": cfg.KD.TEACHER.COMPILE,
-            "teacher_scale": cfg.KD.TEACHER.INPUT_SCALE,
+            "links": links,
         }
 
     @property
@@ -149,25 +157,24 @@ class DistillMetaArch(nn.Module):
         Examples marked ``unlabeled`` give no losses; see :mod:`.unlabelled`.
         """
         parts = parts_of(batched_inputs)
-        # first: the teacher's activations are gone before the student's are kept, and on a GPU its
+        # first: a teacher's activations are gone before the student's are kept, and on a GPU its
         # kernels hide behind the student's host work
         with torch.profiler.record_function("kd/teacher"):
-            teachers = [self._run_teacher(part) for part in parts]
+            seen = [self._run_teachers(part) for part in parts]
         losses: dict[str, torch.Tensor] = {}
         contexts = []
-        for part, teacher in zip(parts, teachers, strict=True):
+        for part, found in zip(parts, seen, strict=True):
             with torch.profiler.record_function("kd/student"):
                 student = self._run_student(part, losses)
-            contexts.append(self._context(part, student, teacher))
+            contexts.append(self._context(part, student, found))
         return contexts[0] if len(contexts) == 1 else join(*contexts), losses
 
     def _canvas_of(self, batch) -> tuple[int, int]:
         return self._padding.canvas([tuple(x["image"].shape[-2:]) for x in batch])
 
-    def _run_teacher(self, batch) -> dict:
-        images = self.teacher_images(batch)
-        theirs = scaled_size(self._canvas_of(batch), self.teacher_scale)
-        return self.teacher.observe(images, theirs, self.image_format)
+    def _run_teachers(self, batch) -> list[dict]:
+        canvas = self._canvas_of(batch)
+        return [link.observe(batch, canvas, self.image_format) for link in self.links]
 
     def _run_student(self, batch, losses: dict) -> dict:
         """What its taps give; losses of labelled images are added to ``losses``."""
@@ -188,67 +195,43 @@ class DistillMetaArch(nn.Module):
             )
         return student
 
-    def teacher_images(self, batched_inputs: list[dict]) -> list[torch.Tensor]:
-        """Per image what the teacher sees, (3, H, W): ``image`` at scale 1, else ``image_teacher``.
-
-        Raises:
-            DataError: the latter is missing or of another size than the scale says.
-        """
-        if self.teacher_scale == 1:
-            return [x["image"] for x in batched_inputs]
-        key = f"KD.TEACHER.INPUT_SCALE is {self.teacher_scale:g}"
-        for x in batched_inputs:
-            if "image_teacher" not in x:
-                raise DataError(
-                    f"{key}, and the data set mapper gives no 'image_teacher'; use this project's "
-                    "MultiResolutionMapper, or set INPUT_SCALE to 1.0"
-                )
-            own, theirs = (tuple(x[name].shape[-2:]) for name in ("image", "image_teacher"))
-            if theirs != scaled_size(own, self.teacher_scale):
-                raise DataError(
-                    f"{key}: the data set mapper gives an 'image' of {own} and an 'image_teacher' "
-                    f"of {theirs} pixels, not {scaled_size(own, self.teacher_scale)}"
-                )
-        return [x["image_teacher"] for x in batched_inputs]
-
-    def _context(self, batch, student, teacher) -> DistillContext:
+    def _context(self, batch, student, seen) -> DistillContext:
         iteration = get_event_storage().iter
         sizes = [tuple(x["image"].shape[-2:]) for x in batch]
         gt = None
         if all("instances" in x for x in batch):
             gt = [x["instances"].to(self.device) for x in batch]
-        theirs = teacher.pop("features")
-        return DistillContext(
+        first = DistillContext(
             iteration=iteration,
             image_sizes=sizes,
             canvas=self._canvas_of(batch),
             gt=gt,
             student_features=student.pop("features"),
-            teacher_features={ours: theirs[level] for ours, level in self.level_map.items()},
             student_outputs=student,
-            teacher_outputs=teacher,
             strides=self._strides,
-            teacher_scale=self.teacher_scale,
-            teacher_image_sizes=[scaled_size(size, self.teacher_scale) for size in sizes],
-            teacher_strides=self._teacher_strides,
             batch=batch,
             student=self.student,
-            teacher=self.teacher,
             log_scalars=iteration % self.log_period == 0,
+            **self.links[0].fields(seen[0], sizes),
         )
+        for link, found in zip(self.links[1:], seen[1:], strict=True):
+            other = dataclasses.replace(first, **link.fields(found, sizes), _masks={}, others={})
+            first.others.update(dict.fromkeys(link.heads, other))
+        return first
 
     def imitate(self, ctx: DistillContext) -> dict[str, torch.Tensor]:
         """All heads' losses, schedules and multipliers applied, computed without autocast."""
         losses: dict[str, torch.Tensor] = {}
+        link_of = {name: link for link in self.links for name in link.heads}
         for name, head in self.heads.items():
-            seen = context_of(head, name, ctx)
+            seen = context_of(head, name, ctx.of_head(name))
             if head.needs_boxes and seen.gt is None:
                 raise DataError(f"KD.HEADS: {name} needs boxes, and this batch has no annotations")
             with (
                 torch.profiler.record_function(f"kd/{name}"),
                 torch.autocast(self.device.type, enabled=False),
             ):
-                own = head(seen)
+                own = link_of.get(name, self.links[0]).told(head(seen))
             factor = self.ramps[name](ctx.iteration)
             if self.balance is not None:
                 factor *= self.balance.factor(name, head, own, seen)
@@ -266,16 +249,6 @@ class DistillMetaArch(nn.Module):
         if shared:
             raise ConfigError(f"KD.HEADS: loss names also used by the student: {sorted(shared)}")
         return {**task, **distillation}
-
-
-def _extra_taps(heads: nn.ModuleDict, side: str) -> dict[str, TapSpec]:
-    """Those of all heads for a side; ConfigError where two want one name for different places."""
-    found: dict[str, TapSpec] = {}
-    for name, head in heads.items():
-        for tap, spec in head.extra_taps.get(side, {}).items():
-            if found.setdefault(tap, spec) != spec:
-                raise ConfigError(f"KD.HEADS: {name} and another head tap different {tap}")
-    return found
 
 
 def _student_padding(student: nn.Module, needed: int, scale: float) -> StudentPadding:
@@ -325,6 +298,42 @@ def paired_infos(cfg, student: nn.Module, teacher: Teacher, level_map: Mapping[s
         shared=teacher.shared,
     )
     return student_info, teacher_info
+
+
+def link_to_teacher(
+    cfg, student: nn.Module, name: str = ""
+) -> tuple[TeacherLink, dict[str, nn.Module]]:
+    """Build a teacher and its heads.
+
+    Args:
+        cfg: of this teacher, see :func:`~projects.kd.config.teachers.config_of`.
+        student: the detector.
+        name: in KD.TEACHERS.
+
+    Returns:
+        The link, and the heads by the names of their modules.
+
+    Raises:
+        ConfigError: what :func:`build_teacher` and the heads refuse; of several teachers also one
+            that shares no level with the student.
+    """
+    teacher = build_teacher(cfg)
+    backbones = student.backbone, teacher.model.backbone
+    level_map = pair_levels(cfg.KD.LEVEL_MAP, *backbones, required=bool(name))
+    infos = paired_infos(cfg, student, teacher, level_map)
+    heads = build_imitation_heads(cfg, *infos)
+    compared = {head: module.compares for head, module in heads.items()}
+    compare_with_teacher(cfg, teacher.names, compared, teacher.shared)
+    own = {module_name(name, head): module for head, module in heads.items()}
+    link = TeacherLink(
+        teacher,
+        level_map,
+        tuple(own),
+        name,
+        scale=cfg.KD.TEACHER.INPUT_SCALE,
+        compiled=cfg.KD.TEACHER.COMPILE,
+    )
+    return link, own
 
 
 def build_training_model(cfg) -> nn.Module:

@@ -138,16 +138,24 @@ def _on_one_grid(*maps: torch.Tensor) -> list[torch.Tensor]:
     ]
 
 
-def join(labelled: DistillContext, unlabelled: DistillContext) -> DistillContext:
+def join(
+    labelled: DistillContext, unlabelled: DistillContext, student: DistillContext | None = None
+) -> DistillContext:
     """Both parts as one batch without ground truth, labelled images first.
 
     The canvas is the least that holds both; where a part's own is smaller its maps have zeros, on
     both sides, which count as padding. A part in ``labelled`` of the result is what heads that need
     labels see.
+
+    Args:
+        labelled, unlabelled: the parts.
+        student: a joined context that has the student's maps already, of another teacher.
     """
-    sources: dict[int, tuple] = {}
+    sources: dict[int, tuple] = {} if student is None else student.sources
     pairs = {
         name: Joined(getattr(labelled, name), getattr(unlabelled, name), sources)
+        if student is None or name.startswith("teacher")
+        else getattr(student, name)
         for name in (
             "student_features",
             "teacher_features",
@@ -155,7 +163,7 @@ def join(labelled: DistillContext, unlabelled: DistillContext) -> DistillContext
             "teacher_outputs",
         )
     }
-    return dataclasses.replace(
+    joined = dataclasses.replace(
         labelled,
         **pairs,
         image_sizes=labelled.image_sizes + unlabelled.image_sizes,
@@ -165,8 +173,15 @@ def join(labelled: DistillContext, unlabelled: DistillContext) -> DistillContext
         batch=labelled.batch + unlabelled.batch,
         labelled=labelled,
         sources=sources,
+        others={},
         _masks={},
     )
+    made: dict[int, DistillContext] = {}  # heads of one teacher share a context
+    for head, own in labelled.others.items():
+        if id(own) not in made:
+            made[id(own)] = join(own, unlabelled.others[head], joined)
+        joined.others[head] = made[id(own)]
+    return joined
 
 
 def context_of(head: ImitationHead, name: str, ctx: DistillContext) -> DistillContext:

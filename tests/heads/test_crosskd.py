@@ -15,7 +15,6 @@ from kd_testing import CHANNELS, STRIDES, head_cfg, leaves, toy_info, toy_retina
 from prediction_contract import LARGER, DenseContract, prediction_context
 from torch import nn
 
-from projects.kd.distiller import _extra_taps
 from projects.kd.errors import ConfigError
 from projects.kd.functional.bckd import confidence, giou_kd, qfl_kd
 from projects.kd.functional.crosskd import align_channels, bins_kd, channel_statistics, log_iou_kd
@@ -23,6 +22,7 @@ from projects.kd.heads import build_imitation_heads
 from projects.kd.predict.base import step_precision
 from projects.kd.predict.dense import decode
 from projects.kd.taps import TapSpec
+from projects.kd.teacher_link import extra_taps
 
 
 class OnDemand(dict):
@@ -340,6 +340,6 @@ def test_beside_other_heads_on_predictions_it_warns(caplog):
 def test_two_heads_cannot_tap_different_places_by_one_name():
     one, other = build(deep_retinanet(), deep_retinanet()), build()
     other.extra_taps = {"student": {"tower_cls": TapSpec("head.cls_score")}}
-    assert _extra_taps(nn.ModuleDict({"A": one}), "student") == one.extra_taps["student"]
+    assert extra_taps(nn.ModuleDict({"A": one}), "student") == one.extra_taps["student"]
     with pytest.raises(ConfigError, match="KD.HEADS: B and another head tap different tower_cls"):
-        _extra_taps(nn.ModuleDict({"A": one, "B": other}), "student")
+        extra_taps(nn.ModuleDict({"A": one, "B": other}), "student")

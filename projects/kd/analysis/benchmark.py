@@ -80,9 +80,9 @@ class Bench:
     def teacher(self):
         """The teacher's input and its forward pass, as far as the heads read it."""
         with self.autocast():
-            canvas = scaled_size(self.ctx.canvas, self.model.teacher_scale)
-            images = self.model.teacher_images(self.batch)
-            return self.model.teacher.observe(images, canvas, self.model.image_format)
+            canvas, form = self.ctx.canvas, self.model.image_format
+            seen = [link.observe(self.batch, canvas, form) for link in self.model.links]
+            return seen if len(seen) > 1 else seen[0]
 
     def step(self, model=None):
         """A function that trains ``model`` (the student alone by default) for one step.
@@ -158,7 +158,7 @@ class Bench:
 
         def run():
             ctx = dataclasses.replace(self.ctx, _masks={})
-            torch.autograd.grad(sum(head(ctx).values()), leaves, allow_unused=True)
+            torch.autograd.grad(sum(head(ctx.of_head(name)).values()), leaves, allow_unused=True)
 
         return run
 

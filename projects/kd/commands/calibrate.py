@@ -83,14 +83,14 @@ def measure_batch(model, batch) -> tuple[dict, dict]:
         weight, head.weight = head.weight, 1.0
         try:
             with torch.autocast(model.device.type, enabled=False):
-                own = head(context_of(head, name, ctx))
+                own = head(context_of(head, name, ctx.of_head(name)))
         finally:
             head.weight = weight
         parts = [value for key, value in own.items() if key.startswith("loss_kd_")]
         losses[f"head/{name}"] = sum(parts)
     norms = {name: gradient_norm(value, features) for name, value in losses.items()}
     for name, head in model.heads.items():
-        stages = ctx.origins(head.acts_on(context_of(head, name, ctx)))
+        stages = ctx.origins(head.acts_on(context_of(head, name, ctx.of_head(name))))
         if [id(x) for x in stages] != [
             id(x) for x in features
         ]:  # stages of the backbone, which the task trains too

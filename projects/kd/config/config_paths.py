@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from ..files import beside
+from .teachers import GROUP, given_teachers
 
 # keys whose relative value is looked for beside the file that holds it, as _BASE_ is
 RELATIVE_KEYS = (
@@ -22,7 +23,9 @@ def resolve_relative(raw: dict, path: str) -> None:
         raw: the file's content; it is changed.
         path: the file.
     """
-    for key in RELATIVE_KEYS:
+    several = given_teachers(raw)
+    own = [f"{GROUP}.{name}.{key}" for name in several for key in ("CONFIG_FILE", "WEIGHTS")]
+    for key in (*RELATIVE_KEYS, *own):
         *groups, last = key.split(".")
         node = raw
         for group in groups:

@@ -154,6 +154,13 @@ def _add_distillation_keys(cfg: CN) -> None:
     # torch.compile the teacher's backbone (static weights; image sizes may vary).
     teacher.COMPILE = False
 
+    # Several teachers in place of KD.TEACHER, each a node under a name of your choice with what
+    # differs for it: the keys of KD.TEACHER, WEIGHT (a factor of its heads' losses), HEADS, LEVELS,
+    # LEVEL_MAP, START_ITER, WARMUP_ITERS, END_ITER, INIT_FROM_TEACHER, and nodes of heads, e.g.
+    # {CNN: {CONFIG_FILE: a.yaml}, VIT: {CONFIG_FILE: b.yaml, HEADS: ("CWD",), WEIGHT: 0.5}}.
+    # Overrides: KD.TEACHERS.CNN.WEIGHTS a.pth.
+    kd.TEACHERS = CN()
+
     kd.ADAPTER = CN()
     # Student-to-teacher channel adapter of heads that need one. "auto" = none where the channels
     # agree, else a 1x1 convolution; or "none", "conv1x1", "conv3x3", and "conv1x1_bn_relu" for maps

@@ -45,6 +45,7 @@ from .rules import (
     share,
     whole,
 )
+from .teachers import GROUP, common_key
 
 OPTIMIZERS = ("SGD", "AdamW", "Adam")
 SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR", "WarmupPolyLR")
@@ -339,10 +340,13 @@ def add_rule(key: str, rule: Rule) -> None:
 @functools.cache
 def rule_of(key: str) -> Rule | None:
     """The rule of a dotted key; None where the key's type is all that is asked."""
+    key = common_key(key)
     first, _, rest = key.partition(".")
     rule = _MODEL.get(rest) if first == "MODEL" else _REST.get(key)
     if rule is None and first == "MODEL":
         rule = _OF_MODELS.get(key.rpartition(".")[2])
+    if rule is None and key.startswith(f"{GROUP}."):
+        return WEIGHT if key.endswith(".WEIGHT") else rule
     if rule is None and first == "KD" and rest.count("."):
         rule = _OF_HEADS.get(rest.partition(".")[2])
     return rule

@@ -19,6 +19,7 @@ from .config_paths import default_output
 from .defaults import add_kd_config
 from .lazy_files import LazyNode, attach, is_lazy_file, load_lazy, unread, with_floats
 from .lazy_overrides import override, split_words
+from .teachers import given_teachers, make_room, make_room_for_key
 
 
 def load_config(
@@ -86,6 +87,7 @@ def merge_config(cfg: CN, raw: CN, path: str) -> None:
     if raw.get("VERSION", cfg.VERSION) != cfg.VERSION:
         raise ConfigError(f"{path}: VERSION {raw.VERSION} is not {cfg.VERSION}, rewrite its keys")
     raw = written_out(raw)
+    make_room(cfg, given_teachers(raw), path)
     check_keys(raw, cfg, path)
     try:
         cfg.merge_from_other_cfg(raw)
@@ -102,6 +104,7 @@ def merge_overrides(cfg: CN, opts: Sequence, source: str = "command line overrid
         pairs = [pair for pair in found if pair is not None]
     for key, value in pairs:
         value = written_out(value)
+        make_room_for_key(cfg, str(key), source)
         check_override(key, value, cfg, source)
         try:
             cfg.merge_from_list([key, value])

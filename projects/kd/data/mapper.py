@@ -17,6 +17,7 @@ from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
+from ..config.teachers import image_scale
 from ..detectors import offers
 from ..errors import DataError
 from ..levels import scaled_size
@@ -110,8 +111,8 @@ class MultiResolutionMapper(ImageMapper):
 
     @classmethod
     def from_config(cls, cfg, is_train: bool = True):
-        """Read INPUT and KD.TEACHER.INPUT_SCALE."""
-        scale = cfg.KD.TEACHER.INPUT_SCALE
+        """Read INPUT and KD.TEACHER.INPUT_SCALE, of several teachers the one that is not 1."""
+        scale = image_scale(cfg)
         return {**super().from_config(cfg, is_train), "teacher_scale": scale}
 
     def __call__(self, dataset_dict: dict) -> dict:

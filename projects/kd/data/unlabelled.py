@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..config import register_config
 from ..config.key_table import add_rule
 from ..config.rules import NAMES, whole
+from ..config.teachers import config_of, teacher_names
 from ..errors import ConfigError, DataError
 from .images import image_size
 from .sem_seg import IMAGE_SUFFIXES
@@ -63,7 +64,8 @@ def check_unlabelled(cfg: CfgNode) -> None:
         return
     if cfg.TEST.PRECISE_BN.ENABLED:
         raise ConfigError("TEST.PRECISE_BN.ENABLED needs labelled images, DATASETS.TRAIN is empty")
-    shares = [cfg.KD.get(name.upper(), {}).get("SHARE", 0.0) for name in cfg.KD.HEADS]
+    teachers = [config_of(cfg, name).KD for name in teacher_names(cfg)]
+    shares = [kd.get(head.upper(), {}).get("SHARE", 0.0) for kd in teachers for head in kd.HEADS]
     if cfg.KD.BALANCE.TARGET > 0 or any(share > 0 for share in shares):
         raise ConfigError(
             "KD.BALANCE (or a head's SHARE) compares with the task losses, and there are none: "

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..config import LazyNode
 from ..config.lazy_files import target_name
+from ..config.teachers import config_of, teacher_names
 from ..detectors import class_names_of
 from ..files import write_atomically
 
@@ -97,10 +98,8 @@ def about(cfg: CfgNode, student: nn.Module, seed: int) -> list[tuple[str, str]]:
     if cfg.MODEL.TIMM.PRETRAINED and not cfg.MODEL.WEIGHTS:
         rows[-1] = ("started from", "timm's ImageNet weights")
     if kd.META_ARCHITECTURE:
-        teacher = kd.TEACHER.WEIGHTS or "weights that its config names"
-        rows.append(("teacher", f"{kd.TEACHER.CONFIG_FILE}, {teacher}"))
-        methods = [f"{name} (KD.{name.upper()}.WEIGHT {_weight(kd, name)})" for name in kd.HEADS]
-        rows.append(("method", ", ".join(methods)))
+        for name in teacher_names(cfg):
+            rows += _teacher(config_of(cfg, name).KD, name)
     rows += [
         ("config", _config(cfg) if lazy else "config.yaml beside this card"),
         ("commit", commit() or "no checkout of git"),
@@ -116,6 +115,17 @@ def _config(cfg: CfgNode) -> str:
 
 def _optimizer(cfg: CfgNode) -> str:
     return target_name(cfg.lazy.optimizer) if isinstance(cfg, LazyNode) else cfg.SOLVER.OPTIMIZER
+
+
+def _teacher(kd: CfgNode, name: str) -> list[tuple[str, str]]:
+    """A teacher, by its name in KD.TEACHERS, and the methods."""
+    behind = f" {name}" if name else ""
+    weights = kd.TEACHER.WEIGHTS or "weights that its config names"
+    methods = [f"{head} (KD.{head.upper()}.WEIGHT {_weight(kd, head)})" for head in kd.HEADS]
+    return [
+        (f"teacher{behind}", f"{kd.TEACHER.CONFIG_FILE}, {weights}"),
+        (f"method{behind}", ", ".join(methods)),
+    ]
 
 
 def _classes(cfg: CfgNode) -> str:

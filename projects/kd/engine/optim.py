@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from ..config import LazyNode
 from ..config.key_table import OPTIMIZERS
+from ..config.teachers import config_of_head, key_of_head
 from ..errors import ConfigError, require_one_of
 from ..weights.files import modules_in
 from .lazy_optim import lazy_optimizer, lazy_scheduler
@@ -124,10 +125,12 @@ def build_optimizations(cfg: CfgNode, model: nn.Module) -> dict[str, Optimizatio
 
 
 def _auxiliary(cfg: CfgNode, name: str, head: nn.Module, parameters: list) -> Optimization:
-    key = f"KD.{name.upper()}.OPTIMIZER"
-    if "OPTIMIZER" not in cfg.KD[name.upper()]:
+    key = f"{key_of_head(name)}.OPTIMIZER"
+    config, registered = config_of_head(cfg, name)
+    own_keys = config.KD[registered.upper()]
+    if "OPTIMIZER" not in own_keys:
         raise ConfigError(f"{key}: head {name} has auxiliary parameters and no such config node")
-    node = cfg.KD[name.upper()].OPTIMIZER
+    node = own_keys.OPTIMIZER
     groups = [{"params": parameters, "weight_decay": node.WEIGHT_DECAY}]
     optimizer = build_optimizer(node.NAME, f"{key}.NAME", groups, node.BASE_LR, cfg)
     clip = GradientClip("full_model", node.CLIP_NORM) if node.CLIP_NORM > 0 else None

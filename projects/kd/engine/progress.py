@@ -142,7 +142,7 @@ def _losses(storage: EventStorage, heads: Sequence[str]) -> str:
 def _title(loss: str, heads: Sequence[str]) -> str:
     if loss.startswith("loss_kd_"):
         words = loss.removeprefix("loss_kd_") + "_"
-        fitting = [head for head in heads if words.startswith(f"{head.lower()}_")]
+        fitting = [head for head in heads if words.startswith(f"{head.lower().replace('-', '_')}_")]
         return max(fitting, key=len, default=loss.removeprefix("loss_"))
     return loss.removeprefix("loss_")
 

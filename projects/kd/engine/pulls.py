@@ -31,8 +31,9 @@ def pulls(model: nn.Module, example: dict, iteration: int) -> dict[str, list[tor
     with EventStorage(iteration):
         ctx, _ = model.observe([example])
         for name, head in model.heads.items():
-            losses = [value for key, value in head(ctx).items() if key.startswith("loss_kd_")]
-            maps = head.acts_on(ctx)
+            own = ctx.of_head(name)
+            losses = [value for key, value in head(own).items() if key.startswith("loss_kd_")]
+            maps = head.acts_on(own)
             gradients = [None] * len(maps)
             total = sum(losses)
             if losses and total.requires_grad:

@@ -9,6 +9,7 @@ import torch
 import yaml
 from detectron2.config import CfgNode
 
+from ..config.teachers import common_key, key_of_head
 from ..errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,11 @@ def _leaves(node, path: str = "") -> Iterator[tuple[str, object]]:
 
 def split_changes(changes: Mapping[str, tuple]) -> tuple[dict, dict]:
     """Changed keys that take effect, and those that cannot any more."""
-    idle = {k: v for k, v in changes.items() if k in START_ONLY or (k == "SEED" and v[1] < 0)}
+    idle = {
+        k: v
+        for k, v in changes.items()
+        if common_key(k) in START_ONLY or (k == "SEED" and v[1] < 0)
+    }
     return {k: v for k, v in changes.items() if k not in idle}, idle
 
 
@@ -124,7 +129,7 @@ def load_optimizer(name: str, optimizer: torch.optim.Optimizer, state: dict) -> 
     Raises:
         ConfigError: another kind of optimizer, or other parameters or groups.
     """
-    key = "SOLVER.OPTIMIZER" if name == "student" else f"KD.{name.upper()}.OPTIMIZER.NAME"
+    key = "SOLVER.OPTIMIZER" if name == "student" else f"{key_of_head(name)}.OPTIMIZER.NAME"
     new_run = "to start a new run from its weights give the file as MODEL.WEIGHTS without --resume"
     kind, kept = _kind(state["state"]), type(optimizer).__name__
     if kind and (kind == "SGD") != (kept == "SGD"):

@@ -17,6 +17,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from .. import stopping
+from ..config.teachers import config_of
 from ..data.loader import build_train_loader
 from ..data.unlabelled import scale_unlabelled
 from ..distiller import build_training_model, student_of
@@ -153,8 +154,11 @@ class DistillTrainer(DefaultTrainer):
                     f"--resume: {self.start_iter} iterations are done, SOLVER.MAX_ITER is "
                     f"{self.max_iter}: nothing is left to train"
                 )
-        elif self.cfg.KD.INIT_FROM_TEACHER:
-            inherit(self.student, self._unwrapped.teacher.model, self.cfg.KD.INIT_FROM_TEACHER)
+        else:
+            for link in getattr(self._unwrapped, "links", ()):
+                prefixes = config_of(self.cfg, link.name).KD.INIT_FROM_TEACHER
+                if prefixes:
+                    inherit(self.student, link.teacher.model, prefixes)
 
     def write_config(self) -> None:
         """Put the config of this run into OUTPUT_DIR, once it is known that it is used.

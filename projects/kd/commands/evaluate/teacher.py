@@ -1,6 +1,6 @@
 """Evaluate the teacher of a distillation config: the first thing to run.
 
-    kd-evaluate teacher --config-file CONFIG [KEY VALUE ...]
+    kd-evaluate teacher --config-file CONFIG [--name NAME] [KEY VALUE ...]
 
 Builds the teacher of KD.TEACHER, or, when the config names none, the model of the config itself
 with MODEL.WEIGHTS, and evaluates it on DATASETS.TEST. Images are resized and ordered as the
@@ -24,9 +24,11 @@ from detectron2.utils.logger import setup_logger
 from ... import ConfigError, build_teacher, check_config, load_config
 from ...arguments import Parser
 from ...building import build_detector
+from ...config.teachers import config_of
 from ...data.classes import check_taught_names
 from ...data.image_check import check_images
 from ...data.register import names_by_kind, register_configured
+from ...errors import require_one_of
 from ...evaluation import check_evaluation, evaluate
 from ...weights.loading import load_detector
 
@@ -36,6 +38,7 @@ INPUT_KEYS = ("MIN_SIZE_TEST", "MAX_SIZE_TEST")
 def parse_arguments(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--name", metavar="NAME", help="which one of KD.TEACHERS")
     parser.add_argument("--student-input", action="store_true", help="resize as for the student")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE ...")
     return parser.parse_args(argv)
@@ -133,6 +136,9 @@ def read_config(args):
 
 def main(args):
     cfg = read_config(args)
+    if cfg.KD.TEACHERS or args.name:
+        require_one_of("--name", args.name, sorted(cfg.KD.TEACHERS))
+        cfg = config_of(cfg, args.name)
     model, cfg, *_ = build(cfg, args.student_input)
     folder = os.path.join(cfg.OUTPUT_DIR, "teacher_evaluation")
     with torch.no_grad():
