@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from projects.kd import build_training_model, load_config
+from projects.kd.config.teachers import config_of, module_name, teacher_names
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(
@@ -54,7 +55,8 @@ def test_builds_with_its_teacher_and_heads(name):
     """On the meta device: shapes and wiring without memory or computing."""
     cfg = load(name)
     cfg.MODEL.DEVICE = "meta"
-    cfg.KD.TEACHER.WEIGHTS = ""
+    for node in (cfg.KD.TEACHER, *cfg.KD.TEACHERS.values()):
+        node.WEIGHTS = ""
     cfg.MODEL.TIMM.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED = "", False
     timm = ["MODEL.TIMM.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", False]
     cfg.KD.TEACHER.OPTS = ["MODEL.WEIGHTS", "", *timm]
@@ -64,10 +66,12 @@ def test_builds_with_its_teacher_and_heads(name):
     student = model
     if cfg.KD.META_ARCHITECTURE:
         student = model.student
-        assert tuple(model.heads) == tuple(cfg.KD.HEADS)
-        for head in cfg.KD.HEADS:
-            wanted = cfg.KD[head.upper()].LEVELS or cfg.KD.LEVELS
-            assert not wanted or model.heads[head].levels == tuple(wanted)
+        names = [(x, head) for x in teacher_names(cfg) for head in config_of(cfg, x).KD.HEADS]
+        assert list(model.heads) == [module_name(*pair) for pair in names]
+        for teacher, head in names:
+            kd = config_of(cfg, teacher).KD
+            wanted = kd[head.upper()].LEVELS or kd.LEVELS
+            assert not wanted or model.heads[module_name(teacher, head)].levels == tuple(wanted)
     assert type(student).__name__ == cfg.MODEL.META_ARCHITECTURE
 
 
