@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import kd_models
+import kd_runs
 import pytest
 import torch
+import toy_data
 import yaml
 from detectron2.utils.events import EventStorage
+from kd_suites import make_suite
 
+from projects.kd import evaluation
+from projects.kd.analysis.suites import lessons_of, make_runs, select_rows
 from projects.kd.check import check_config
 from projects.kd.config import add_kd_config, get_cfg, load_config
 from projects.kd.config.key_checks import check_each
@@ -143,6 +149,48 @@ def test_a_copy_keeps_its_teachers_and_its_own_taps(files, tmp_path):
     batch = kd_models.make_batch(sizes=((64, 64),))
     one, other = (kd_models.losses_at(x, batch) for x in (model, twin))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_suite_gives_each_the_weights_of_the_row_with_its_config(tmp_path):
+    suite = make_suite()
+    shapes = Path(suite["rows"][0]["config"]).parent
+    fcos = {"name": "other", "config": str(shapes / "fcos_teacher.yaml"), "role": "teacher"}
+    two = {"name": "two", "config": str(shapes / "retinanet_student_two_teachers.yaml")}
+    suite["rows"] = [*suite["rows"][:2], fcos, two]
+    assert lessons_of(suite) == {
+        "two": {"KD.TEACHERS.FCOS": "other", "KD.TEACHERS.RETINANET": "teacher"}
+    }
+    runs = {run.row["name"]: run for run in make_runs(suite, [1], str(tmp_path), [])}
+    own = runs["two"].cfg.KD.TEACHERS
+    assert own.FCOS.WEIGHTS == runs["other"].weights != own.RETINANET.WEIGHTS
+    assert own.RETINANET.WEIGHTS == runs["teacher"].weights
+    assert [x["name"] for x in select_rows(suite["rows"], ["two"])] == ["teacher", "other", "two"]
+
+
+def test_a_run_that_resumes_with_two_teachers_is_the_same_run(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate", lambda cfg, model: {"bbox": {"AP": 1.0}})
+    toy_data.register_noise(tmp_path, "noise_teachers")
+    teachers = {"A": node(files[0]), "B": node(files[1], WEIGHT=0.5)}
+    own = make_cfg(tmp_path, teachers, heads=("Mimic",), BALANCE={"TARGET": 0.1, "PERIOD": 1})
+
+    def cfg_of(folder):
+        cfg = own.clone()
+        settings = kd_runs.run_settings(tmp_path, folder, "noise_teachers")
+        settings |= {"SOLVER__MAX_ITER": 3, "SOLVER__STEPS": (), "KD__ADAPTER__TYPE": "conv1x1"}
+        cfg.merge_from_list([x for k, v in settings.items() for x in (k.replace("__", "."), v)])
+        return cfg
+
+    whole = kd_runs.start(cfg_of("whole"))
+    whole.train()
+    kd_runs.interrupt(kd_runs.start(cfg_of("cut")), at=2)
+    again = kd_runs.start(cfg_of("cut"), resume=True)
+    again.train()
+    states = [x._unwrapped.state_dict() for x in (whole, again)]
+    assert {"heads.A-Mimic.balance_state", "heads.B-Mimic.adapters.p3.weight"} <= set(states[0])
+    assert all(torch.equal(x, states[1][key]) for key, x in states[0].items())
+    assert not torch.equal(
+        states[0]["heads.A-Mimic.adapters.p3.weight"], states[0]["heads.B-Mimic.adapters.p3.weight"]
+    )
 
 
 # --- the config ----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from detectron2.config import CfgNode
 
 from ..config import load_config
+from ..config.teachers import GROUP, config_of, teacher_names
 from ..errors import ConfigError
 from ..files import find_shipped, shipped_configs, write_atomically
 from ..recipes.one_flag import recipe_config
@@ -217,11 +218,12 @@ def make_runs(suite: dict, seeds: list[int], output: str, opts: list) -> list[Ru
     """What is trained once first, then every row for the first seed, for the second, ...
 
     Of several teachers a distilled row gets the one that its entry ``teacher`` names, else the one
-    whose config it names in KD.TEACHER.CONFIG_FILE; a plain row gets none. A row with ``init``
+    whose config it names in KD.TEACHER.CONFIG_FILE (with KD.TEACHERS: each of them the row that has
+    its config); a plain row gets none. A row with ``init``
     starts from the weights of that row, which stands above it and is trained once.
     """
     rows = suite["rows"]
-    teachers = teachers_of(suite)
+    lessons = lessons_of(suite)
     once: dict[str, Run] = {}
     for row in rows:
         if is_trained_once(row):
@@ -232,21 +234,35 @@ def make_runs(suite: dict, seeds: list[int], output: str, opts: list) -> list[Ru
             if is_trained_once(row):
                 continue
             extra, needs = _start(row, once, opts)
-            if row["name"] in teachers:
-                teacher = once[teachers[row["name"]]]
-                extra = ["KD.TEACHER.WEIGHTS", teacher.weights, *extra]
-                needs = [teacher, *needs]
+            for node, name in lessons.get(row["name"], {}).items():
+                extra = [f"{node}.WEIGHTS", once[name].weights, *extra]
+                needs = [once[name], *needs]
             runs.append(Run(row, seed, suite, output, extra, needs))
     return runs
 
 
 def teachers_of(suite: dict) -> dict[str, str]:
-    """Distilled row to the row that it learns from, by name; plain rows are left out."""
+    """Distilled row to the (first) row that it learns from, by name; plain rows are left out."""
+    return {name: next(iter(found.values())) for name, found in lessons_of(suite).items()}
+
+
+def lessons_of(suite: dict) -> dict[str, dict[str, str]]:
+    """Distilled row to the rows that it learns from, each by the config node of the teacher."""
     rows = suite["rows"]
     teachers = [row for row in rows if row.get("role") == "teacher"]
-    learning = [row for row in rows if not is_trained_once(row) and is_distilled(row)]
-    found = {row["name"]: _teacher_of(row, teachers) for row in learning}
-    return {name: teacher["name"] for name, teacher in found.items() if teacher}
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if is_trained_once(row) or not is_distilled(row) or not teachers:
+            continue
+        cfg = None if "method" in row else _config_of(row, row.get("opts", []))
+        if cfg is not None and cfg.KD.TEACHERS:
+            for name in teacher_names(cfg):
+                named = config_of(cfg, name).KD.TEACHER.CONFIG_FILE
+                if own := _with_config(row, teachers, named):
+                    found.setdefault(row["name"], {})[f"{GROUP}.{name}"] = own["name"]
+        elif teacher := _teacher_of(row, teachers):
+            found[row["name"]] = {"KD.TEACHER": teacher["name"]}
+    return found
 
 
 def is_trained_once(row: dict) -> bool:
@@ -277,8 +293,8 @@ def select_rows(rows: list[dict], names: list[str]) -> list[dict]:
         raise ConfigError(f"--only: no row '{min(unknown)}' in the suite, whose rows are {known}")
     teachers = [row for row in rows if row.get("role") == "teacher"]
     chosen = [row for row in rows if row["name"] in names or row in teachers]
-    needed = teachers_of({"rows": chosen})
-    kept = {*names, *needed.values()}
+    needed = lessons_of({"rows": chosen})
+    kept = {*names, *(teacher for own in needed.values() for teacher in own.values())}
     if len(teachers) == 1:
         kept.add(teachers[0]["name"])
     for row in reversed(rows):  # a row starts from one above it
@@ -304,9 +320,7 @@ def _config_of(row: dict, opts: Sequence, start: str = "--suite"):
 
 
 def _teacher_of(row: dict, teachers: Sequence[dict]) -> dict | None:
-    """The row that a distilled row learns from; None in a suite without teachers."""
-    if not teachers:
-        return None
+    """The row that a distilled row with one teacher learns from, if there is one."""
     if "teacher" in row:
         found = next((x for x in teachers if x["name"] == row["teacher"]), None)
         if found is None:
@@ -320,17 +334,23 @@ def _teacher_of(row: dict, teachers: Sequence[dict]) -> dict | None:
     if len(teachers) == 1:
         return teachers[0]
     named = _config_of(row, row.get("opts", [])).KD.TEACHER.CONFIG_FILE
-    wanted = os.path.abspath(find_shipped(named))
-    found = [x for x in teachers if os.path.abspath(find_shipped(x["config"])) == wanted]
-    if not found:
+    found = _with_config(row, teachers, named)
+    if found is None:
         raise ConfigError(
             f"--suite: row '{row['name']}' learns from {named}, and no row with role teacher has "
             "that config"
         )
+    return found
+
+
+def _with_config(row: dict, teachers: Sequence[dict], named: str) -> dict | None:
+    """The teacher's row that has a config; ConfigError where there are two."""
+    wanted = os.path.abspath(find_shipped(named))
+    found = [x for x in teachers if os.path.abspath(find_shipped(x["config"])) == wanted]
     if len(found) > 1:
         same = " and ".join(f"'{x['name']}'" for x in found)
         raise ConfigError(
             f"--suite: the teachers {same} have the same config: say in row '{row['name']}' which "
             "one it learns from, teacher: NAME"
         )
-    return found[0]
+    return found[0] if found else None
