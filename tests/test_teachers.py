@@ -111,7 +111,9 @@ def test_each_teaches_as_if_it_were_the_only_one(files, tmp_path):
 
 def test_weights_that_set_themselves_and_scalars_have_their_own_names(files, tmp_path):
     teachers = {"ONE": node(files[0]), "TWO": node(files[1], CROSSKD={"SHARE": 0.5})}
-    cfg = make_cfg(tmp_path, teachers, heads=("CrossKD",), BALANCE={"TARGET": 0.1}, LOG_PERIOD=1)
+    cfg = make_cfg(
+        tmp_path, teachers, heads=("CrossKD",), BALANCE={"TARGET": 0.1, "BOUND": 1e6}, LOG_PERIOD=1
+    )
     model = build(cfg)
     assert {k: v.start for k, v in model.balance.targets.items()} == {
         "ONE-CrossKD": 0.1,
@@ -200,7 +202,7 @@ def test_files_overrides_and_dumps(files, tmp_path):
     cfg = make_cfg(tmp_path, {"B": node(files[1], PKD={"WEIGHT": 2.0}), "A": node(files[0])})
     assert cfg.KD.TEACHERS.B.PKD == {"WEIGHT": 2.0}  # what differs, nothing else
     child = tmp_path / "child.yaml"
-    child.write_text("_BASE_: student.yaml\nKD: {TEACHERS: {A: {HEADS: ('CWD',), WEIGHT: 0.5}}}\n")
+    child.write_text("_BASE_: student.yaml\nKD: {TEACHERS: {A: {HEADS: [CWD], WEIGHT: 0.5}}}\n")
     words = ["KD.TEACHERS.B.PKD.LEVELS", "('p3',)", "KD.TEACHERS.A.CLASS_MAP", "by_name"]
     cfg = load_config(str(child), words)
     assert cfg.KD.TEACHERS.A.CONFIG_FILE == files[0][0] and cfg.KD.TEACHERS.A.HEADS == ("CWD",)

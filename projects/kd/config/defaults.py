@@ -157,7 +157,7 @@ def _add_distillation_keys(cfg: CN) -> None:
     # Several teachers in place of KD.TEACHER, each a node under a name of your choice with what
     # differs for it: the keys of KD.TEACHER, WEIGHT (a factor of its heads' losses), HEADS, LEVELS,
     # LEVEL_MAP, START_ITER, WARMUP_ITERS, END_ITER, INIT_FROM_TEACHER, and nodes of heads, e.g.
-    # {CNN: {CONFIG_FILE: a.yaml}, VIT: {CONFIG_FILE: b.yaml, HEADS: ("CWD",), WEIGHT: 0.5}}.
+    # {CNN: {CONFIG_FILE: a.yaml}, VIT: {CONFIG_FILE: b.yaml, HEADS: [CWD], WEIGHT: 0.5}}.
     # Overrides: KD.TEACHERS.CNN.WEIGHTS a.pth.
     kd.TEACHERS = CN()
 

@@ -7,7 +7,7 @@ say is as in KD::
       HEADS: ("PKD",)
       TEACHERS:
         CNN: {CONFIG_FILE: "a.yaml", WEIGHTS: "a.pth", WEIGHT: 0.5}
-        VIT: {CONFIG_FILE: "b.yaml", HEADS: ("CWD", "PKD"), PKD: {LEVELS: ("p4",)}}
+        VIT: {CONFIG_FILE: "b.yaml", HEADS: [CWD, PKD], PKD: {LEVELS: [p4]}}
 
 All that works with one teacher gets the config of one (:func:`config_of`).
 """
