@@ -117,14 +117,17 @@ class DistillMetaArch(nn.Module):
             heads.update(own)
             links.append(link)
         check_heads(cfg, heads)
+        only = links[0]
+        one = {"teacher": only.teacher, "level_map": only.level_map}
+        one |= {"teacher_scale": only.scale, "compile_teacher": only.compiled}
         return {
+            **({"links": links} if cfg.KD.TEACHERS else one),
             "student": student,
             "heads": heads.to(cfg.MODEL.DEVICE),
             "balance": build_balance(cfg, heads),
             "ramps": {module: build_ramp(*config_of_head(cfg, module)) for module in heads},
             "image_format": cfg.INPUT.FORMAT,
             "log_period": cfg.KD.LOG_PERIOD,
-            "links": links,
         }
 
     @property
