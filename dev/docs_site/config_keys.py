@@ -78,10 +78,10 @@ def leaves(node: CfgNode, path: str = "", above: Sequence = ()) -> Iterator[Leaf
     """Every key below a node, in the order of the code."""
     for number, (name, value) in enumerate(node.items()):
         places = [(id(node), name), *(above if number == 0 else ())]
-        if isinstance(value, CfgNode):
+        if isinstance(value, CfgNode) and value:
             yield from leaves(value, f"{path}{name}.", places[:1])
-        else:
-            yield Leaf(path + name, value, places)
+        else:  # an empty group has keys of the user's own (KD.TEACHERS)
+            yield Leaf(path + name, {} if isinstance(value, CfgNode) else value, places)
 
 
 @functools.cache
