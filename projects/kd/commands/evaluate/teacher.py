@@ -63,6 +63,8 @@ class Detector(NamedTuple):
 def build(cfg, student_input: bool) -> Detector:
     """The teacher of KD.TEACHER, or the model of the config itself."""
     cfg = cfg.clone()
+    if cfg.KD.TEACHERS:
+        raise ConfigError("KD.TEACHERS: one of them is needed here, write it into KD.TEACHER")
     if not cfg.KD.TEACHER.CONFIG_FILE:
         if not cfg.MODEL.WEIGHTS:
             raise ConfigError("MODEL.WEIGHTS is empty: name the weights to evaluate")
@@ -92,7 +94,10 @@ def build(cfg, student_input: bool) -> Detector:
                 cfg.INPUT[key] = teacher.cfg.INPUT[key]
     for key in INPUT_KEYS if student_input else ():
         cfg.INPUT[key] = round(cfg.INPUT[key] * cfg.KD.TEACHER.INPUT_SCALE)
-    return Detector(teacher.model, cfg, teacher.cfg, teacher.names)
+    names = dict(teacher.names)
+    if cfg.DATASETS.TRAIN and any(x.known is not None for x in teacher.shared.values()):
+        names |= names_by_kind([cfg], cfg.DATASETS.TRAIN[0])  # its detections have these numbers
+    return Detector(teacher.model, cfg, teacher.cfg, names)
 
 
 def in_students_numbers(teacher) -> None:
