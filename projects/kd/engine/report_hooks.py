@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 
 from ..config import LazyNode
+from ..config.teachers import config_of, module_name, teacher_names
 from .best import BestResult
 from .hooks import LossBalance, PeriodicWriter
 from .learning import LearningCheck
@@ -30,7 +31,8 @@ def report_hooks(
         starts_whole: see :class:`~projects.kd.engine.learning.LearningCheck`.
         make_writers: gives the writers when training starts.
     """
-    heads = cfg.KD.HEADS if cfg.KD.META_ARCHITECTURE else ()
+    names = teacher_names(cfg) if cfg.KD.META_ARCHITECTURE else ()
+    heads = [module_name(name, head) for name in names for head in config_of(cfg, name).KD.HEADS]
     period = max(PERIOD, cfg.SOLVER.GATHER_METRIC_PERIOD)  # the losses are there by then
     found: list[HookBase] = [LossBalance(cfg.SOLVER.GATHER_METRIC_PERIOD)] if heads else []
     found += [LearningCheck(cfg, starts_whole), Progress(heads, period, best)]
