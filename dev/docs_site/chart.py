@@ -1,4 +1,4 @@
-"""Draw results.png and few_labels.png of docs/images from their YAML files in docs/data::
+"""Draw the charts of docs/images from their YAML files in docs/data::
 
 python dev/docs_site/chart.py
 """
@@ -75,6 +75,7 @@ def draw_lengths(data: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    for name, function in {"results": draw, "few_labels": draw_lengths}.items():
+    charts = {"results": draw, "few_labels": draw_lengths, "few_labels_start": draw}
+    for name, function in charts.items():
         values = yaml.safe_load((ROOT / f"docs/data/{name}.yaml").read_text(encoding="utf-8"))
         function(values, ROOT / f"docs/images/{name}.png")

@@ -180,14 +180,16 @@ class DistillMetaArch(nn.Module):
         return [link.observe(batch, canvas, self.image_format) for link in self.links]
 
     def _run_student(self, batch, losses: dict) -> dict:
-        """What its taps give; losses of labelled images are added to ``losses``."""
+        """What its taps give; in training, losses of labelled images are added to ``losses``."""
         canvas = self._canvas_of(batch)
         with self._padding.applied():
             if batch[0].get(FLAG):
                 student = observe_unlabelled(self.student, self._taps, batch, canvas)
             else:
                 with self._taps.record():
-                    losses.update(self.student(batch))
+                    result = self.student(batch)
+                if self.student.training:
+                    losses.update(result)
                 student = {name: self._taps[name] for name in self._taps.specs}
         self._taps.clear()
         if self._canvas.size != canvas:
