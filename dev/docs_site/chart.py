@@ -39,7 +39,7 @@ def draw(data: dict, path: Path) -> None:
     axes.set_title(data["title"], fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.legend(loc="upper right", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9)
     figure.savefig(path, dpi=110)
 
 
