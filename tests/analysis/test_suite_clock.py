@@ -18,7 +18,7 @@ def suite(tmp_path):
         yield make_suite()
 
 
-LINE = "[07/27 12:00:00 d2.utils.events]:  eta: 0:00:01  iter: {}  total_loss: 3  time: {}  lr: 1\n"
+LINE = "[07/27 12:00:00 kd]: {}/200 (5 %), 0:00:01 left | loss 3: cls 3 | {} s a step, lr 1\n"
 
 
 class Now:
@@ -45,26 +45,26 @@ def test_time_left_counts_all_rows_and_jobs(suite, tmp_path):
     assert clock.seconds_left() is None and clock.line().startswith("ETA not known yet; 0 of 3")
     clock.start(teacher)
     now.time += 10
-    clock.read(teacher, LINE.format(19, 0.5))
+    clock.read(teacher, LINE.format(20, 0.5))
     # 80 iterations of the teacher, then 100 and 200 side by side, all at 0.5 s
     assert clock.seconds_left() == pytest.approx(40 + 100)
     now.time += 20
-    clock.read(teacher, LINE.format(39, 0.5))  # 20 iterations took 20 s, an evaluation included
+    clock.read(teacher, LINE.format(40, 0.5))  # 20 iterations took 20 s, an evaluation included
     assert clock.seconds_left() == pytest.approx(60 + 200)
     clock.finish(teacher)  # at its last line: the end took no time
     clock.start(student)
     clock.start(distilled)
-    clock.read(student, LINE.format(49, 0.2))
-    clock.read(distilled, LINE.format(99, 0.4))
+    clock.read(student, LINE.format(50, 0.2))
+    clock.read(distilled, LINE.format(100, 0.4))
     assert clock.seconds_left() == pytest.approx(40)  # 100 at 0.4 beside 50 at 0.2
     assert clock.line() == (
         "ETA 0:40; 1 of 3 runs done; student, seed 1 50/100; student+X, seed 1 100/200"
     )
     now.time += 5
-    clock.read(student, LINE.format(99, 0.2))
+    clock.read(student, LINE.format(100, 0.2))
     now.time += 7
     clock.finish(student)  # the last evaluations took 0 and 7 s, another will take the mean
-    clock.read(distilled, LINE.format(199, 0.2))
+    clock.read(distilled, LINE.format(200, 0.2))
     now.time += 3
     assert clock.seconds_left() == pytest.approx(0.5)
     now.time += 30
@@ -76,7 +76,7 @@ def test_time_left_counts_all_rows_and_jobs(suite, tmp_path):
 def test_one_after_another_takes_the_sum(suite, tmp_path):
     runs, clock, now = clock_of(suite, tmp_path, 1, 100)
     clock.start(runs[0])
-    clock.read(runs[0], LINE.format(19, 0.5))
+    clock.read(runs[0], LINE.format(20, 0.5))
     assert clock.seconds_left() == pytest.approx(40 + 50 + 100)
 
 
@@ -84,8 +84,8 @@ def test_rows_may_be_beside_the_teacher(suite, tmp_path):
     runs, clock, now = clock_of(suite, tmp_path, 2, 100, beside=True)
     clock.start(runs[0])
     clock.start(runs[1])
-    clock.read(runs[0], LINE.format(19, 1.0))
-    clock.read(runs[1], LINE.format(19, 0.5))
+    clock.read(runs[0], LINE.format(20, 1.0))
+    clock.read(runs[1], LINE.format(20, 0.5))
     # 80 s beside 40 s, then 200 iterations at the mean of what is known
     assert clock.seconds_left() == pytest.approx(40 + 200 * 0.75)
 
@@ -115,7 +115,7 @@ def test_seeds_of_a_row_take_its_time(suite, tmp_path):
     clock = Clock(runs, 1, now=now)
     for run, rate in ((runs[0], 9.0), (runs[1], 0.5), (runs[2], 2.0)):
         clock.start(run)
-        clock.read(run, LINE.format(99, rate))
+        clock.read(run, LINE.format(100, rate))
     clock.works[id(runs[0])].state = 2
     # seeds 1 are at their ends; seeds 2 take 100 x 0.5 and 100 x 2
     assert clock.seconds_left() == pytest.approx(250)

@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage
 
 from projects.kd.engine import progress
 from projects.kd.engine.best import BestResult
-from projects.kd.engine.progress import Progress, period_line, time_left
+from projects.kd.engine.progress import Progress, period_line, read_period_line, time_left
 
 
 def fill(storage, steps=40):
@@ -27,6 +27,7 @@ def test_a_line_has_time_left_losses_shares_metrics_and_speed(tmp_path):
     best.take({"bbox": {"AP": 14.0}}, 20)
     with EventStorage(0) as storage:
         assert period_line(storage, 1, 100) == "1/100 (1 %)"
+        assert read_period_line("1/100 (1 %)") == (1, None)
         fill(storage)
         line = period_line(storage, 40, 100, ("FGD", "FG"))
         losses = "loss 3: cls 1.5, box_reg 0.5, FGD 0.75 (25 %), kd_other 0.25"
@@ -37,6 +38,8 @@ def test_a_line_has_time_left_losses_shares_metrics_and_speed(tmp_path):
         line = period_line(storage, 40, 100, ("FGD",), best)
         assert "FGD 0.75 (25 %, 0.20 of the gradient)" in line
         assert "| bbox/AP 12.3, sem_seg/mIoU 5.0, best bbox/AP 14 after 20 iterations |" in line
+        assert read_period_line(f"[07/27 12:00:00 name]: {line}\n") == (40, 0.5)
+        assert read_period_line("[07/27 12:00:00 name]: Inference done 40/100. 0.5 s") is None
         assert time_left(storage, 60) == 30.0
 
 

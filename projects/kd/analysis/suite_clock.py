@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from ..engine.progress import read_period_line
 from .report import seconds_per_iteration
 from .suites import Run, is_trained_once
 
 WAITING, RUNNING, FINISHED = range(3)
-_LINE = re.compile(r" eta: .*? iter: (\d+) ")
-_TIME = re.compile(r" time: ([\d.]+) ")
 
 
 @dataclass
@@ -49,15 +47,14 @@ class Work:
     _last: float = 0.0
 
     def read(self, line: str, now: float) -> None:
-        """Take progress and rate from a line of detectron2's log."""
-        found = _LINE.search(line)
-        if not found:
+        """Take progress and rate from a line of the run's log."""
+        found = read_period_line(line)
+        if found is None:
             return
-        self.done, self._last = int(found[1]) + 1, now
+        (self.done, rate), self._last = found, now
         if self._seen is None:
             self._seen = (self.done, now)
-            logged = _TIME.search(line)
-            self.rate = float(logged[1]) if logged else self.rate
+            self.rate = self.rate if rate is None else rate
         elif self.done > self._seen[0]:  # evaluations in between included
             self.rate = (now - self._seen[1]) / (self.done - self._seen[0])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from typing import TextIO
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 _LOGGERS = ("fvcore", "detectron2", "projects")  # those that engine/writers.py sends to log.txt
 _TASKS = ("AP", "mIoU", "PQ")  # the metric of a task that is shown
 _WINDOW = 20  # iterations of which a loss is the median
+_DONE = re.compile(r"(?:^|\s)(\d+)/\d+ \(\d+ %\)")
+_STEP = re.compile(r" ([\d.e+-]+) s a step")
 
 
 class Progress(HookBase):
@@ -118,6 +121,18 @@ def period_line(
     parts = [f"{done}/{total} ({100 * done / total:.0f} %){left}", _losses(storage, heads)]
     parts += [_metrics(storage, best), _speed(storage)]
     return " | ".join(part for part in parts if part)
+
+
+def read_period_line(line: str) -> tuple[int, float | None] | None:
+    """Finished iterations and seconds of one, out of a line of the log with :func:`period_line`.
+
+    Returns:
+        None for other lines; the seconds are None where the line does not say them.
+    """
+    done, step = _DONE.search(line), _STEP.search(line)
+    if done is None:
+        return None
+    return int(done[1]), float(step[1]) if step else None
 
 
 def _losses(storage: EventStorage, heads: Sequence[str]) -> str:
