@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.modeling import build_model
 
 from ..weights.loading import load_detector
-from .measure import interleave
+from .measure import inference, interleave, torch_threads
 from .suites import Run
 
 IMAGES = 4
@@ -45,11 +44,11 @@ def measure_deployed(runs: Mapping[str, Run], dataset: str) -> dict[str, dict[st
         model = build_model(run.cfg).eval()
         load_detector(model, run.weights, f"the weights of {run.label}", run.cfg.KD.ALLOW_PICKLE)
         mapper = DatasetMapper(run.cfg, is_train=False)
-        actions[name] = _inference(model, [mapper(records[i]) for i in places])
+        actions[name] = inference(model, [mapper(records[i]) for i in places])
         size = sum(x.numel() * x.element_size() for x in model.state_dict().values())
         found[name] = {"model_mb": round(size / 1e6, 3)}
         device = run.cfg.MODEL.DEVICE
-    with _one_thread(), warnings.catch_warnings():
+    with torch_threads(THREADS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.meshgrid")  # detectron2's anchors
         times = interleave(actions, device, rounds=ROUNDS, warm_up=1)
     for name, seconds in times.items():
@@ -63,22 +62,3 @@ def measured_on(run: Run) -> str:
     if run.cfg.MODEL.DEVICE.startswith("cuda"):
         return f"on {torch.cuda.get_device_name()}"
     return f"on {THREADS} CPU thread"
-
-
-def _inference(model, inputs: Sequence[dict]):
-    @torch.no_grad()
-    def run():
-        for item in inputs:
-            model([item])
-
-    return run
-
-
-@contextlib.contextmanager
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +19,8 @@ from ..data.register import register_configured
 from ..deploy.graphs import graph_of
 from ..deploy.use import used_detector
 from ..errors import ConfigError
-from .measure import Spread, interleave, ratio
+from .measure import Spread, inference, interleave, ratio, torch_threads
+from .report import read_jsonl
 
 METRICS = ("bbox/AP", "keypoints/AP", "segm/AP", "sem_seg/mIoU")  # the last that a run has counts
 
@@ -96,14 +95,11 @@ def candidate_of_run(words: str, records: Sequence[Mapping]) -> tuple[str, Candi
 
 def last_ap(folder: str) -> float | None:
     """The metric of the last evaluation that a run has written to its ``metrics.json``."""
-    path = os.path.join(folder, "metrics.json")
-    if not os.path.isfile(path):
+    lines = read_jsonl(os.path.join(folder, "metrics.json"))
+    evaluated = [line for line in lines if any(key in line for key in METRICS)]
+    if not evaluated:
         return None
-    with open(path) as file:
-        lines = [json.loads(line) for line in file if '"bbox/AP"' in line or "mIoU" in line]
-    if not lines:
-        return None
-    return next(lines[-1][key] for key in reversed(METRICS) if key in lines[-1])
+    return next(evaluated[-1][key] for key in reversed(METRICS) if key in evaluated[-1])
 
 
 def macs_of(model: nn.Module, image: torch.Tensor) -> float:
@@ -126,30 +122,12 @@ def latencies(
         rounds: timed ones.
     """
 
-    def action(candidate: Candidate):
-        @torch.no_grad()
-        def run():
-            for item in candidate.items:
-                candidate.model([item])
-
-        return run
-
-    actions = {name: action(candidate) for name, candidate in candidates.items()}
-    with _threads(threads):
+    actions = {name: inference(one.model, one.items) for name, one in candidates.items()}
+    with torch_threads(threads):
         seconds = interleave(actions, rounds=rounds, warm_up=1)
     return {
         name: [x / len(candidates[name].items) for x in values] for name, values in seconds.items()
     }
-
-
-@contextlib.contextmanager
-def _threads(number: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def report(

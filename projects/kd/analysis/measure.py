@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -113,6 +114,33 @@ def interleave(
                 seconds[name].append(time.perf_counter() - start)
         tick()
     return seconds
+
+
+def inference(model: nn.Module, items: Sequence[Mapping]) -> Callable[[], None]:
+    """An action for :func:`interleave`: a detector on each image by itself.
+
+    Args:
+        model: takes detectron2's inputs.
+        items: one dict for each image.
+    """
+
+    @torch.no_grad()
+    def run():
+        for item in items:
+            model([item])
+
+    return run
+
+
+@contextlib.contextmanager
+def torch_threads(number: int):
+    """Inside, torch computes with so many threads on a CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
