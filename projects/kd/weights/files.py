@@ -54,7 +54,7 @@ def read_torch_file(path: str, key: str, trusted: bool | Callable[[], bool] = Fa
     if kind == "zip":
         _check_archive(path, key)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _torch_load(path, weights_only=True)
     except pickle.UnpicklingError as error:
         holds_code = "weights_only" in str(error).lower() or "Unsupported" in str(error)
         if not holds_code:
@@ -67,9 +67,15 @@ def read_torch_file(path: str, key: str, trusted: bool | Callable[[], bool] = Fa
     except Exception as error:  # a torn file can raise anything
         raise _torn(path, key) from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=False)
+        return _torch_load(path, weights_only=False)
     except Exception as error:
         raise _torn(path, key) from error
+
+
+def _torch_load(path: str, weights_only: bool) -> Any:
+    # an open file, as newer versions of torch believe a name that ends in .safetensors
+    with open(path, "rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=weights_only)
 
 
 def read_pickle(path: str, key: str) -> Any:
