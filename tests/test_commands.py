@@ -1,8 +1,9 @@
 """Every command of README, GETTING_STARTED and the documentation is one that exists.
 
-Each is read as a shell would and given to its own program, which stops when its flags are parsed:
-so a renamed tool, a flag that is gone, a config or suite that moved, and an unknown config key are
-found without running anything.
+Each is read as a shell would and given to its own program, which stops when its flags are parsed.
+Its config is loaded then, and its suite, rows and methods are looked up: so a renamed tool, a flag
+that is gone, a config or suite that moved, and an unknown key, row or method are found without
+running anything. The conversions run, on data as small as can be.
 """
 
 from __future__ import annotations
@@ -16,11 +17,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
 
-from projects.kd import add_kd_config, load_config
+from projects.kd import IMITATION_HEAD_REGISTRY, add_kd_config, load_config
+from projects.kd.analysis.suites import read_suite, select_rows
 from projects.kd.config.config_files import check_override
 from projects.kd.errors import ConfigError
+from projects.kd.recipes.methods import method_names
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -29,6 +35,7 @@ PAGES = [
         for name in ("README.md", "GETTING_STARTED.md", "CONTRIBUTING.md", "MODEL_ZOO.md")
     ),
     ROOT / "datasets/README.md",
+    ROOT / "configs/README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 SHELL = ("export", "cd", "source", "git", "pip")  # what is not ours
@@ -127,6 +134,9 @@ def test_command(page, line, parse, keys, capsys):
         return
     if words[0] == "torchrun":
         words = ["python", *words[words.index("train_net.py") :]]
+    if words[0] == ".ci/run":
+        assert (ROOT / words[0]).stat().st_mode & 0o100
+        return
     if words[0] == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         targets = [word for word in words[1:] if "=" not in word]
@@ -155,6 +165,69 @@ def test_command(page, line, parse, keys, capsys):
     assert len(opts) % 2 == 0, f"{page.name}: {opts} are no pairs"
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         check_override(key, value, keys, f"{page.name}: {line}")
+    check_names(args, opts)
+
+
+def check_names(args: argparse.Namespace, opts: list[str]) -> None:
+    """ConfigError for a config of ours, a suite, a row or a method that is not what it was."""
+    files = getattr(args, "config_file", None) or []
+    for file in [files] if isinstance(files, str) else files:
+        if re.match("configs/|model_zoo:", file):
+            load_config(file, opts)
+    if getattr(args, "teacher", ""):
+        method_names(args.method or "PKD", [name for name, _ in IMITATION_HEAD_REGISTRY])
+    if getattr(args, "suite", ""):
+        select_rows(read_suite(args.suite)["rows"], args.only or [])
+
+
+XML = """<annotation><size><width>40</width><height>30</height></size><object><name>car</name>
+<bndbox><xmin>2</xmin><ymin>3</ymin><xmax>21</xmax><ymax>22</ymax></bndbox></object></annotation>"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where a reader stands: photographs with annotations in both formats, and a config."""
+    text = (ROOT / "datasets/README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(KD:\n  DATASETS:\n.*?)```", text, re.DOTALL)
+    (tmp_path / "my.yaml").write_text(block)
+    for name in "ghij":  # two of these are kept for evaluation
+        for place in ("photos", "images"):
+            (tmp_path / "datasets/mine" / place).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 30)).save(tmp_path / f"datasets/mine/{place}/{name}.png")
+        for place, suffix, content in (("xml", "xml", XML), ("labels", "txt", "0 .5 .5 .5 .5\n")):
+            path = tmp_path / f"datasets/mine/{place}/{name}.{suffix}"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(content)
+    (tmp_path / "datasets/mine/data.yaml").write_text("names: [car]\n")
+    (tmp_path / "mine").symlink_to(tmp_path / "datasets/mine")
+    monkeypatch.setenv("MY_DATA", str(tmp_path / "mine"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name in ("my_train", "my_val"):
+        if name in DatasetCatalog.list():
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+
+
+def test_from_annotations_to_a_picture_as_the_page_of_data_says(folder, monkeypatch):
+    def run(beginning):
+        (line,) = [x for x in commands(page.read_text()) if x.startswith(f"python {beginning}")]
+        _, script, *words = shlex.split(line)
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+    page = ROOT / "datasets/README.md"
+    mine = folder / "mine"
+    for convert in ("tools/convert.py voc", "tools/convert.py yolo"):
+        run(convert)
+        made = yaml.safe_load((mine / "train.json").read_text())
+        assert [x["name"] for x in made["categories"]] == ["car"]
+        (box,) = {tuple(x["bbox"]) for x in made["annotations"]}
+        assert box == pytest.approx((1, 2, 20, 20) if "voc" in convert else (10, 7.5, 20, 15))
+    assert len(made["images"]) == 4
+    run("tools/visualize.py data --config-file my.yaml")
+    assert (folder / "sheet.png").stat().st_size > 1000
 
 
 def test_paths_in_the_text_exist():
