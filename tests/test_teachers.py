@@ -15,7 +15,8 @@ from detectron2.utils.events import EventStorage
 from kd_suites import make_suite
 
 from projects.kd import evaluation
-from projects.kd.analysis.suites import lessons_of, make_runs, select_rows
+from projects.kd.analysis.suite_lessons import lessons_of
+from projects.kd.analysis.suites import make_runs, select_rows
 from projects.kd.check import check_config
 from projects.kd.config import add_kd_config, get_cfg, load_config
 from projects.kd.config.key_checks import check_each

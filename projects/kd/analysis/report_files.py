@@ -30,7 +30,8 @@ from .report import (
 )
 from .report_page import curves_of, report_page
 from .report_tables import planning_table, result_table
-from .suites import Run, teachers_of
+from .suite_lessons import teachers_of
+from .suites import Run
 
 
 def collect(suite: dict, runs: Sequence[Run], command: str, measure: bool = False) -> dict:

@@ -14,14 +14,12 @@ from collections.abc import Callable, Sequence
 
 from detectron2.config import CfgNode
 
-from ..config import load_config
-from ..config.teachers import GROUP, config_of, teacher_names
 from ..errors import ConfigError
-from ..files import find_shipped, shipped_configs, write_atomically
-from ..recipes.one_flag import recipe_config
+from ..files import shipped_configs, write_atomically
 from .report import read_jsonl
 from .run_folders import last_line, move_aside, read_or_none, run_logged
 from .suite_file import ONCE, read_suite
+from .suite_lessons import config_of_row, is_distilled, is_trained_once, lessons_of, teacher_opts
 
 __all__ = ["Run", "is_distilled", "is_trained_once", "make_runs", "read_suite", "select_rows"]
 
@@ -84,7 +82,7 @@ class Run:
         """The config with all overrides, read once as long as these stay the same."""
         words = [str(x) for x in self.opts]
         if self._read is None or self._read[0] != words:
-            self._read = words, _config_of(self.row, words, "--suite (or after --)")
+            self._read = words, config_of_row(self.row, words, "--suite (or after --)")
         return self._read[1]
 
     @property
@@ -219,7 +217,8 @@ def make_runs(suite: dict, seeds: list[int], output: str, opts: list) -> list[Ru
 
     Of several teachers a distilled row gets the one that its entry ``teacher`` names, else the one
     whose config it names in KD.TEACHER.CONFIG_FILE (with KD.TEACHERS: each of them the row that has
-    its config); a plain row gets none. A row with ``init``
+    its config); a plain row gets none. Options of that row, or of the suite, that change the
+    teacher's model go along in KD.TEACHER.OPTS, unless the row sets it. A row with ``init``
     starts from the weights of that row, which stands above it and is trained once.
     """
     rows = suite["rows"]
@@ -236,38 +235,12 @@ def make_runs(suite: dict, seeds: list[int], output: str, opts: list) -> list[Ru
             extra, needs = _start(row, once, opts)
             for node, name in lessons.get(row["name"], {}).items():
                 extra = [f"{node}.WEIGHTS", once[name].weights, *extra]
+                changed = teacher_opts(once[name].row, suite)
+                if changed and f"{node}.OPTS" not in [*suite.get("opts", []), *row.get("opts", [])]:
+                    extra = [f"{node}.OPTS", changed, *extra]
                 needs = [once[name], *needs]
             runs.append(Run(row, seed, suite, output, extra, needs))
     return runs
-
-
-def teachers_of(suite: dict) -> dict[str, str]:
-    """Distilled row to the (first) row that it learns from, by name; plain rows are left out."""
-    return {name: next(iter(found.values())) for name, found in lessons_of(suite).items()}
-
-
-def lessons_of(suite: dict) -> dict[str, dict[str, str]]:
-    """Distilled row to the rows that it learns from, each by the config node of the teacher."""
-    rows = suite["rows"]
-    teachers = [row for row in rows if row.get("role") == "teacher"]
-    found: dict[str, dict[str, str]] = {}
-    for row in rows:
-        if is_trained_once(row) or not is_distilled(row) or not teachers:
-            continue
-        cfg = None if "method" in row else _config_of(row, row.get("opts", []))
-        if cfg is not None and cfg.KD.TEACHERS:
-            for name in teacher_names(cfg):
-                named = config_of(cfg, name).KD.TEACHER.CONFIG_FILE
-                if own := _with_config(row, teachers, named):
-                    found.setdefault(row["name"], {})[f"{GROUP}.{name}"] = own["name"]
-        elif teacher := _teacher_of(row, teachers):
-            found[row["name"]] = {"KD.TEACHER": teacher["name"]}
-    return found
-
-
-def is_trained_once(row: dict) -> bool:
-    """Teachers, and detectors that others start from: one training, whatever the seeds."""
-    return row.get("role") in ONCE
 
 
 def _start(row: dict, once: dict[str, Run], opts: list) -> tuple[list, list[Run]]:
@@ -301,56 +274,3 @@ def select_rows(rows: list[dict], names: list[str]) -> list[dict]:
         if row["name"] in kept and "init" in row:
             kept.add(row["init"])
     return [row for row in rows if row["name"] in kept]
-
-
-def is_distilled(row: dict) -> bool:
-    """Whether the row's config trains with imitation heads."""
-    return "method" in row or bool(_config_of(row, row.get("opts", [])).KD.META_ARCHITECTURE)
-
-
-def _config_of(row: dict, opts: Sequence, start: str = "--suite"):
-    """The config of a row with options, by a recipe where the row names a method."""
-    source, words = f"{start}: opts of row '{row['name']}'", [str(x) for x in opts]
-    if "method" not in row:
-        return load_config(row["config"], words, source)
-    try:
-        return recipe_config(row["config"], row["teacher_config"], row["method"], words)[0]
-    except ConfigError as error:
-        raise ConfigError(f"--suite: row '{row['name']}': {error}") from error
-
-
-def _teacher_of(row: dict, teachers: Sequence[dict]) -> dict | None:
-    """The row that a distilled row with one teacher learns from, if there is one."""
-    if "teacher" in row:
-        found = next((x for x in teachers if x["name"] == row["teacher"]), None)
-        if found is None:
-            raise ConfigError(
-                f"--suite: row '{row['name']}' learns from '{row['teacher']}', which is no row "
-                "with role teacher"
-            )
-        return found
-    if "method" in row:  # its teacher is a config, trained elsewhere
-        return None
-    if len(teachers) == 1:
-        return teachers[0]
-    named = _config_of(row, row.get("opts", [])).KD.TEACHER.CONFIG_FILE
-    found = _with_config(row, teachers, named)
-    if found is None:
-        raise ConfigError(
-            f"--suite: row '{row['name']}' learns from {named}, and no row with role teacher has "
-            "that config"
-        )
-    return found
-
-
-def _with_config(row: dict, teachers: Sequence[dict], named: str) -> dict | None:
-    """The teacher's row that has a config; ConfigError where there are two."""
-    wanted = os.path.abspath(find_shipped(named))
-    found = [x for x in teachers if os.path.abspath(find_shipped(x["config"])) == wanted]
-    if len(found) > 1:
-        same = " and ".join(f"'{x['name']}'" for x in found)
-        raise ConfigError(
-            f"--suite: the teachers {same} have the same config: say in row '{row['name']}' which "
-            "one it learns from, teacher: NAME"
-        )
-    return found[0] if found else None
