@@ -1,6 +1,10 @@
 """Exported detectors find what the detectors find, on images of sizes they were not traced with."""
 
+import itertools
 import json
+import multiprocessing
+import os
+import signal
 
 import pytest
 import segmentation
@@ -43,36 +47,65 @@ def items(number=2, seed=0):
     ]
 
 
-TOY = {"MODEL__BACKBONE__NAME": "build_toy_fpn_backbone"}  # p3 to p7
+DENSE = {"MODEL__BACKBONE__NAME": "build_toy_fpn_backbone"}
+TWO_LEVELS = {  # each costs a graph its own suppression
+    "MODEL__RPN__IN_FEATURES": ["p2", "p3"],
+    "MODEL__ROI_HEADS__IN_FEATURES": ["p2", "p3"],
+    "MODEL__ANCHOR_GENERATOR__SIZES": [[8], [16]],
+}
+CROPS = {
+    "INPUT__CROP__ENABLED": True,
+    "INPUT__CROP__TYPE": "absolute",
+    "INPUT__CROP__SIZE": [32, 48],
+}
 
 
 def cfg_of(name):
-    if DETECTORS.get(name, ("",))[0] == "RetinaNet":
-        return detector_cfg(name, **TOY)
-    if name in segmentation._NETWORKS:
-        return segmentation.segmentor_cfg(name)
-    return detector_cfg(name) if name in DETECTORS else tiny_cfg(name)
+    if name == "ConditionalDETR":  # padded to more than a cell of its map
+        return tiny_cfg(name, **DENSE, MODEL__CONDITIONAL_DETR__IN_FEATURE="p3")
+    if name in segmentation.NETWORKS:
+        return segmentation.segmentor_cfg(name, **(CROPS if name == "deeplab" else {}))
+    if DETECTORS[name][0] != "RetinaNet":
+        return detector_cfg(name, **TWO_LEVELS)
+    levels = {f"MODEL__{name.upper()}__IN_FEATURES": ["p3", "p4"]}
+    return detector_cfg(name, **DENSE, **levels, MODEL__ANCHOR_GENERATOR__SIZES=[[16], [32]])
+
+
+def nothing_on_one_colour(model):
+    """Raise a one-stage detector's threshold above what it finds on a colour; returns that image.
+
+    Of eight colours, that with the lowest scores.
+    """
+    graph = graph_of(model, suppress=False)
+    colours = torch.tensor(list(itertools.product((0.0, 255.0), repeat=3)))
+    images = colours[:, :, None, None].expand(-1, -1, 96, 64)
+    _, scores, _ = graph(images)
+    limits = scores.flatten(1).amax(1)
+    model.test_score_thresh = limits.min().item() + 1e-4
+    return {"image": images[limits.argmin()]}
 
 
 @pytest.mark.parametrize(
     ("name", "suffix", "suppress"),
     [
         ("RetinaNet", ".onnx", False),
-        ("FCOS", ".onnx", True),
-        ("GFL", ".ts", True),
-        ("RepPoints", ".onnx", False),
+        ("FCOS", ".ts", True),
+        ("GFL", ".onnx", True),
+        ("RepPoints", ".onnx", True),
         ("Keypoint R-CNN", ".onnx", True),
         ("Panoptic FPN", ".ts", True),
         ("ConditionalDETR", ".onnx", True),
         ("pspnet", ".onnx", True),
     ],
 )
+@torch.no_grad()
 def test_an_exported_detector_finds_the_same(tmp_path, name, suffix, suppress):
     if suffix == ".onnx":
         pytest.importorskip("onnx")
         pytest.importorskip("onnxruntime")
     cfg = cfg_of(name)
     model = sharp(cfg)
+    plain = nothing_on_one_colour(model) if name in ("GFL", "RepPoints") else None
     graph = graph_of(model, suppress)
     path = str(tmp_path / f"student{suffix}")
     formats.write(path, graph, facts_of(cfg, graph))
@@ -83,6 +116,8 @@ def test_an_exported_detector_finds_the_same(tmp_path, name, suffix, suppress):
         assert found.detections > 10 and found.alone == 0
     assert found.boxes < 1e-3 and found.scores < 1e-4 and found.keypoints < 0.5
     assert found.masks < 0.01 and found.sem_seg < 1e-3
+    if plain:  # empty tensors go through
+        assert len(exported([plain])[0]["instances"]) == 0
     if graph.batch:  # two images at once give what each gives alone
         images = torch.rand(2, 3, 70, 90) * 255
         for both, one in zip(exported.run(images), exported.run(images[1:]), strict=True):
@@ -90,16 +125,19 @@ def test_an_exported_detector_finds_the_same(tmp_path, name, suffix, suppress):
                 torch.testing.assert_close(both[1:], one, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["GFL", "RepPoints"])
-def test_an_image_in_which_nothing_is_found(tmp_path, name):
-    pytest.importorskip("onnxruntime")
-    cfg = cfg_of(name)
-    cfg.MODEL[name.upper()].SCORE_THRESH_TEST = 1.0
-    graph = graph_of(build(cfg))
-    path = str(tmp_path / "student.onnx")
-    formats.write(path, graph, facts_of(cfg, graph))
-    results = ExportedDetector.load(path, threads=1)(items())
-    assert [len(x["instances"]) for x in results] == [0, 0]
+def test_deeplab_takes_multiples_of_its_crops(tmp_path):
+    cfg = cfg_of("deeplab")
+    graph = graph_of(sharp(cfg))
+    path, facts = tmp_path / "student.ts", facts_of(cfg, graph)
+    assert facts["input"]["multiples_of"] == [32, 48]
+    formats.write(str(path), graph, facts)
+    exported = ExportedDetector.load(str(path))
+    image = torch.rand(3, 96, 96) * 255
+    assert differences(graph.model, exported, [{"image": image}]).scores < 1e-4
+    with pytest.raises(DataError, match=r"\(75, 101\) pixels .* takes multiples of \[32, 48\]"):
+        exported(items(1))
+    with pytest.raises(ConfigError, match="--size is 96x64, .* takes multiples of 32x48"):
+        formats.write(str(tmp_path / "student.pt2"), graph, facts, size=(96, 64))
 
 
 def test_torch_export_takes_one_size(tmp_path):
@@ -116,22 +154,23 @@ def test_torch_export_takes_one_size(tmp_path):
         exported([other])
 
 
-def test_suppression_outside_is_the_detectors_own():
-    cfg = cfg_of("RetinaNet")
-    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.3
-    cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST = 20
+@pytest.mark.parametrize("name", ["RetinaNet", "FCOS", "GFL", "RepPoints"])
+@torch.no_grad()
+def test_suppression_outside_is_the_detectors_own(name):
+    cfg = cfg_of(name)
+    cfg.MODEL[name.upper()].TOPK_CANDIDATES_TEST = 20
     model = sharp(cfg)
     image = items(1)[0]["image"][None].float()
-    with torch.no_grad():
-        boxes, scores, classes = graph_of(model)(image)
-        graph = graph_of(model, suppress=False)
-        everything = dict(zip(graph.outputs, graph(image), strict=True))
+    graph = graph_of(model, suppress=False)
+    everything = dict(zip(graph.outputs, graph(image), strict=True))
+    model.test_score_thresh = everything["scores"].quantile(0.9).item()
+    boxes, scores, classes = graph_of(model)(image)
     limits = facts_of(cfg, graph)["after"]["suppression"]
-    assert limits["score_above"] == 0.3 and limits["best_of_a_level"] == 20
+    assert limits["score_above"] == model.test_score_thresh and limits["best_of_a_level"] == 20
     found = suppressed(
         everything["boxes"][0], everything["scores"][0], everything["levels"], **limits
     )
-    assert len(boxes) > 10
+    assert len(boxes) > 3
     for ours, theirs in zip(found, (boxes, scores, classes), strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -208,18 +247,35 @@ def test_what_is_no_exported_file(tmp_path):
         formats.format_of("student.pb")
 
 
-def test_a_write_that_is_cut_off_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "student.ts"
+@pytest.mark.parametrize("signum", [signal.SIGKILL, None])
+def test_a_write_that_is_cut_off_leaves_the_old_file(tmp_path, monkeypatch, signum):
+    path, beside = tmp_path / "student.ts", tmp_path / "student.ts.json"
     path.write_text("the old one")
-    cfg = detector_cfg("FCOS")
+    beside.write_text("{}")
+    cfg = cfg_of("FCOS")
     graph = graph_of(build(cfg))
 
-    def killed(traced, file, **options):
+    def cut_off(traced, file, **options):
         file.write(b"half")
+        file.flush()
+        if signum:
+            os.kill(os.getpid(), signum)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.jit, "trace", lambda *args, **options: None)
-    monkeypatch.setattr(torch.jit, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        formats.write(str(path), graph, facts_of(cfg, graph))
-    assert path.read_text() == "the old one" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(torch.jit, "save", cut_off)
+    words = str(path), graph, facts_of(cfg, graph)
+    if signum:
+        process = multiprocessing.get_context("fork").Process(target=formats.write, args=words)
+        process.start()
+        process.join()
+        assert process.exitcode == -signum
+        assert path.read_text() == "the old one" and beside.read_text() == "{}"
+        monkeypatch.undo()
+        formats.write(*words)  # as ever, whatever was left
+        assert torch.jit.load(str(path))
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            formats.write(*words)
+        assert path.read_text() == "the old one" and beside.read_text() == "{}"
+    assert sorted(tmp_path.iterdir()) == [path, beside]

@@ -15,6 +15,7 @@ from kd_models import build, write_config
 from projects.kd.analysis import latency
 from projects.kd.commands import demo, export, train
 from projects.kd.deploy.lower import lower
+from projects.kd.deploy.runtime import ExportedDetector
 from projects.kd.errors import ConfigError
 
 DATA = "kd_test_export"
@@ -89,22 +90,32 @@ def test_a_file_is_checked_timed_evaluated_and_shown(run, tmp_path, capsys):
 def test_lower_precision(run, tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    kernels = {}
-    for precision in ("float32", "float16", "int8"):
-        path = tmp_path / f"{precision}.onnx"
-        given = () if precision == "float32" else ("--precision", precision)
-        facts = call(run, path, *given, "--check", "1", "--calibration-images", "2")
-        assert facts["precision"] == precision and facts["opset"] == 19
-        assert facts["check"]["detections"] > 0
-        kernels[precision] = {
-            x.data_type for x in onnx.load(path).graph.initializer if len(x.dims) == 4
-        }
+    single, half, eight = (tmp_path / f"{x}.onnx" for x in ("float32", "float16", "int8"))
+    call(run, single, "--no-nms")
+    lower(str(single), str(half), "float16")
+    facts = call(
+        *(run, eight, "--no-nms", "--precision", "int8"),
+        *("--check", "1", "--calibration-images", "2"),
+    )
+    assert facts["precision"] == "int8" and facts["opset"] == 19
+    assert facts["check"]["detections"] > 0
+    image = torch.rand(3, 64, 64) * 255
+    ours, theirs = (ExportedDetector.load(str(x), threads=1) for x in (single, half))
+    assert theirs.facts == {**ours.facts, "precision": "float16"}
+    limits = {"boxes": 0.5, "scores": 0.02, "levels": 0.0}
+    found = (x.run(image[None]) for x in (ours, theirs))
+    for one, other, limit in zip(*found, limits.values(), strict=True):
+        torch.testing.assert_close(other, one, rtol=0.0, atol=limit)
+    kernels = [
+        {x.data_type for x in onnx.load(path).graph.initializer if len(x.dims) == 4}
+        for path in (single, half, eight)
+    ]
     kind = onnx.TensorProto
-    assert kernels == {"float32": {kind.FLOAT}, "float16": {kind.FLOAT16}, "int8": {kind.INT8}}
-    old = (tmp_path / "int8.onnx").read_bytes()
+    assert kernels == [{kind.FLOAT}, {kind.FLOAT16}, {kind.INT8}]
+    old = eight.read_bytes()
     with pytest.raises(ConfigError, match="--precision int8: there are no images to calibrate"):
-        lower(str(tmp_path / "float32.onnx"), str(tmp_path / "int8.onnx"), "int8", [])
-    assert (tmp_path / "int8.onnx").read_bytes() == old
+        lower(str(single), str(eight), "int8", [])
+    assert eight.read_bytes() == old
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Differences between two detectors, counted by hand."""
 
+import math
+
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
@@ -36,7 +38,7 @@ def test_the_largest_differences_and_what_is_alone():
     ours = found([[0, 0, 10, 10], [20, 20, 30, 30]], [0.9, 0.6], [0, 1], pred_masks=masks)
     theirs = found([[0, 0.25, 10, 10], [20, 20, 39, 30]], [0.7, 0.5], [0, 1], pred_masks=changed)
     labels = torch.zeros(2, 4, 4)
-    labels[1, 0, 0] = 1.0
+    labels[1, 0, 0] = 0.5
     result = differences(
         says(ours, sem_seg=labels), says(theirs, sem_seg=torch.zeros(2, 4, 4)), [{}]
     )
@@ -44,6 +46,10 @@ def test_the_largest_differences_and_what_is_alone():
     assert result.boxes == pytest.approx(0.25) and result.scores == pytest.approx(0.2)
     assert result.masks == pytest.approx(0.05) and result.sem_seg == pytest.approx(1 / 16)
     assert result.best_alone == pytest.approx(0.6)
+    labels[:, 3, 3] = torch.tensor([2.0, -1.0])  # softmax 0.953, here 0.5
+    other = {"sem_seg": torch.zeros(2, 4, 4)}
+    result = differences(lambda _: [{"sem_seg": labels}], lambda _: [other], [{}])
+    assert result.scores == pytest.approx(1 / (1 + math.exp(-3)) - 0.5)
 
 
 def test_nothing_found_is_no_difference():

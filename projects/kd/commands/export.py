@@ -192,8 +192,11 @@ def main(args) -> dict:
     setup_logger(name="projects")
     cfg = load_config(args.config_file, args.opts)
     register_configured(cfg)
+    tested = cfg.DATASETS.TEST
+    if not (args.ap or args.benchmark is not None or (args.check and not args.images)):
+        cfg.DATASETS.TEST = ()  # a student can be exported where its data are not
     check_config(cfg, training=False)
-    cfg.MODEL.DEVICE = "cpu"
+    cfg.DATASETS.TEST, cfg.MODEL.DEVICE = tested, "cpu"
     check_arguments(args, cfg)
     model = trained_detector(cfg)
     facts = export(args, cfg, model)

@@ -40,6 +40,7 @@ def facts_of(cfg: CfgNode, graph: Graph) -> dict:
             "shape": ["images" if graph.batch else 1, 3, "height", "width"],
             "type": "float32",
             "values": "0 to 255",
+            "multiples_of": list(graph.multiples),
             "channels": cfg.INPUT.FORMAT,
             "resize": {
                 "shortest_edge": cfg.INPUT.MIN_SIZE_TEST,

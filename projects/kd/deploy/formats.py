@@ -8,6 +8,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
+from operator import mod
 from typing import BinaryIO
 
 import torch
@@ -64,12 +65,17 @@ def check_opset(opset: int, graph: Graph | None = None) -> None:
         )
 
 
-def check_size(size: tuple | None) -> None:
-    """ConfigError for torch.export without a size."""
+def check_size(size: tuple | None, graph: Graph | None = None) -> None:
+    """ConfigError for torch.export without a size, or with one that the detector cannot take."""
     if size is None:
         raise ConfigError(
             "--size: a torch.export file takes images of one size, give HEIGHTxWIDTH as "
             "INPUT.MIN_SIZE_TEST resizes to"
+        )
+    if graph is not None and any(map(mod, size, graph.multiples)):
+        raise ConfigError(
+            f"--size is {size[0]}x{size[1]}, this detector takes multiples of "
+            f"{graph.multiples[0]}x{graph.multiples[1]}, its INPUT.CROP.SIZE"
         )
 
 
@@ -95,11 +101,12 @@ def write(
         ConfigError: the format cannot hold this detector, and why.
     """
     writer = _WRITERS[format_of(path)]
-    image = torch.zeros(1, 3, *(size or SAMPLE))
+    sides = size or [-(-side // of) * of for side, of in zip(SAMPLE, graph.multiples, strict=True)]
+    image = torch.zeros(1, 3, *sides)
     facts = {**facts, "format": format_of(path)}
     facts |= {"opset": opset} if facts["format"] == "ONNX" else {}
     if facts["format"] == "torch.export":
-        check_size(size)
+        check_size(size, graph)
         facts |= {"batch": False, "input": {**facts["input"], "shape": [1, 3, *size]}}
     with replacing(path) as file, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing; what they are about is tested

@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from detectron2.export.torchscript_patch import patch_builtin_len
-from detectron2.layers import DeformConv, ModulatedDeformConv
+from detectron2.layers import ASPP, DeformConv, ModulatedDeformConv
 from detectron2.layers.wrappers import shapes_to_tensor
 from detectron2.modeling import GeneralizedRCNN, PanopticFPN, RetinaNet, SemanticSegmentor
 from detectron2.modeling.meta_arch import fcos
@@ -36,7 +36,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..functional.set_prediction import cxcywh_to_xyxy
 from ..levels import square_side
-from ..modeling.conditional_detr import ConditionalDETR
+from ..modeling.conditional_detr import ConditionalDETR, cells_of
 from ..modeling.square_anchors import SquareAnchorDetector
 
 
@@ -49,9 +49,11 @@ class Graph(nn.Module):
     Attributes:
         outputs: names of the tensors that ``forward`` gives.
         batch: whether any number of images fits, or one only.
+        multiples: of which an image's height and width have to be.
     """
 
     batch = True
+    multiples = (1, 1)
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -172,11 +174,16 @@ def _traceable():
 
 
 class SegmentationGraph(Graph):
-    """Pixel classes."""
+    """Pixel classes. DeepLab pools over windows as large as the crops that it was trained on."""
 
     def __init__(self, model: SemanticSegmentor):
         super().__init__(model)
         self.outputs = ("sem_seg",)
+        for module in model.modules():
+            if isinstance(module, ASPP) and module.pool_kernel_size is not None:
+                level = model.sem_seg_head.in_features[-1]
+                stride = model.backbone.output_shape()[level].stride
+                self.multiples = tuple(cells * stride for cells in module.pool_kernel_size)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the module."""
@@ -234,10 +241,13 @@ class SetGraph(Graph):
         """See the module."""
         model = self.model
         height, width = image.shape[-2:]
-        feature = model.backbone(self.images(image).tensor)[model.in_feature]
-        feature = model.input_proj(feature)
-        valid = torch.ones_like(feature[:, 0], dtype=torch.bool)  # images of one size
-        decoded = model.decode(model.transformer.encode(feature, valid, False))
+        tensor = self.images(image).tensor
+        feature = model.input_proj(model.backbone(tensor)[model.in_feature])
+        sides = shapes_to_tensor([height, width])
+        rows, columns = map(cells_of, sides, feature.shape[-2:], tensor.shape[-2:])
+        valid = (rows[:, None] & columns).expand(feature.shape[0], -1, -1)
+        padded = model.backbone.size_divisibility > 1
+        decoded = model.decode(model.transformer.encode(feature, valid, padded))
         scores = decoded.logits[-1].float().sigmoid().flatten(1)
         scores, places = scores.topk(min(model.detections, scores.shape[1]))
         queries = torch.div(places, model.num_classes, rounding_mode="floor")

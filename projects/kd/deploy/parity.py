@@ -20,7 +20,8 @@ class Differences:
     Attributes:
         images: compared.
         detections: pairs of the same class whose boxes lie within SAME.
-        boxes, scores: largest differences of pairs, in pixels of the image and of probability.
+        boxes, scores: largest differences of pairs, in pixels of the image and of probability;
+            scores are those of a pixel's classes as well.
         masks: largest share of a box's pixels with another mask, over pairs.
         keypoints: largest distance of a keypoint, in pixels.
         sem_seg: largest share of an image's pixels with another class.
@@ -57,8 +58,11 @@ def differences(model: nn.Module, exported: nn.Module, items: Iterable[Mapping])
         ours, theirs = model([item])[0], exported([item])[0]
         total.images += 1
         if "sem_seg" in ours:
-            labels = [x["sem_seg"].argmax(0).cpu() for x in (ours, theirs)]
+            logits = [x["sem_seg"].cpu() for x in (ours, theirs)]
+            labels = [x.argmax(0) for x in logits]
             total.raise_to("sem_seg", (labels[0] != labels[1]).float().mean())
+            scores = [x.softmax(0) for x in logits]
+            total.raise_to("scores", (scores[0] - scores[1]).abs().max())
         if "instances" in ours:
             _compare(total, ours["instances"].to("cpu"), theirs["instances"].to("cpu"))
     return total

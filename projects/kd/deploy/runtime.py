@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from operator import mod
 
 import torch
 from torch import nn
@@ -63,15 +64,20 @@ class ExportedDetector(nn.Module):
             batched_inputs: ``image`` (3, H, W), and ``height`` and ``width`` of the results.
 
         Raises:
-            DataError: an image of another size than the file was made for (torch.export).
+            DataError: an image of another size than the file was made for (torch.export), or of
+                sides that are no multiples of what it needs (DeepLab).
         """
         results = []
-        shape = self.facts["input"]["shape"][2:]
+        shape, multiples = self.facts["input"]["shape"][2:], self.facts["input"]["multiples_of"]
         for item in batched_inputs:
-            if shape != list(item["image"].shape[1:]) and "height" not in shape:
+            size = list(item["image"].shape[1:])
+            takes = f"multiples of {multiples}" if any(map(mod, size, multiples)) else ""
+            if shape != size and "height" not in shape:
+                takes = f"{shape}"
+            if takes:
                 raise DataError(
-                    f"{item.get('file_name', 'an image')} has {tuple(item['image'].shape[1:])} "
-                    f"pixels (height, width) after resizing, the exported detector takes {shape}"
+                    f"{item.get('file_name', 'an image')} has {tuple(size)} pixels (height, "
+                    f"width) after resizing, the exported detector takes {takes}"
                 )
             outputs = self.run(item["image"][None].float())
             named = dict(zip(self.facts["outputs"], outputs, strict=True))

@@ -171,18 +171,15 @@ class ConditionalDETR(nn.Module):
         """Run the encoder on the backbone's features; padding is masked in it and later."""
         feature = self.input_proj(features[self.in_feature])
         canvas, grid = images.tensor.shape[-2:], feature.shape[-2:]
-        # cell r of R looks at pixel floor(r H / R), as nearest-neighbour resizing of a mask does
-        counts = [
-            [
-                math.ceil(side * cells / total)
-                for side, cells, total in zip(size, grid, canvas, strict=True)
-            ]
+        sides = torch.tensor(images.image_sizes).to(feature.device, non_blocking=True)
+        rows, columns = (
+            cells_of(sides[:, axis, None], grid[axis], canvas[axis]) for axis in range(2)
+        )
+        padded = any(
+            side * cells <= (cells - 1) * total
             for size in images.image_sizes
-        ]
-        limit = torch.tensor(counts).to(feature.device, non_blocking=True)
-        rows = torch.arange(grid[0], device=feature.device) < limit[:, :1]
-        columns = torch.arange(grid[1], device=feature.device) < limit[:, 1:]
-        padded = any(count != list(grid) for count in counts)
+            for side, cells, total in zip(size, grid, canvas, strict=True)
+        )
         return self.transformer.encode(feature, rows[:, :, None] & columns[:, None], padded)
 
     def decode(
@@ -232,6 +229,22 @@ class ConditionalDETR(nn.Module):
             size = asked.get("height", height), asked.get("width", width)
             results.append({"instances": detector_postprocess(found, *size)})
         return results
+
+
+def cells_of(sides: torch.Tensor, cells: int, total: int) -> torch.Tensor:
+    """Which cells of a padded axis look at the image.
+
+    Cell r of R looks at pixel floor(r T / R), as nearest-neighbour resizing of a mask does.
+
+    Args:
+        sides: (N, 1) or a scalar, integers: pixels of the image along the axis.
+        cells: R.
+        total: T, pixels of the padded image along the axis.
+
+    Returns:
+        (N, R) or (R,) bool.
+    """
+    return torch.arange(cells, device=sides.device) * total < sides * cells
 
 
 def _run_decoder(model: ConditionalDETR, features, images: ImageList) -> None:
