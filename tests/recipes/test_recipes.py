@@ -17,7 +17,12 @@ from projects.kd.config.config_files import read_yaml
 from projects.kd.errors import ConfigError
 from projects.kd.heads.base import IMITATION_HEAD_REGISTRY, ImitationHead
 from projects.kd.recipes.methods import method_file, method_files, method_names, source_of
-from projects.kd.recipes.one_flag import BY_TEACHER, DEFAULT_METHOD, apply_recipe
+from projects.kd.recipes.one_flag import (
+    BY_TEACHER,
+    DEFAULT_METHOD,
+    DEFAULT_METHODS,
+    apply_recipe,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 ZOO = "model_zoo://COCO-Detection/"
@@ -53,7 +58,8 @@ ONE_STAGE_LEVELS, TWO_STAGE_LEVELS = ("p3", "p4", "p5", "p6"), ("p2", "p3", "p4"
         (RETINA_STUDENT, RETINA_TEACHER, "icd", "ICD", 8.0, ()),
         (RETINA_STUDENT, RETINA_TEACHER, "sdf", "SDF", -1.0, ()),
         (RCNN_STUDENT, RCNN_TEACHER, "icd", "ICD", 3.0, ()),
-        (RCNN_STUDENT, RCNN_TEACHER, "", "PKD", 6.0, TWO_STAGE_LEVELS),
+        (RCNN_STUDENT, RCNN_TEACHER, "", "CWD", 10.0, TWO_STAGE_LEVELS),
+        (RCNN_STUDENT, RCNN_TEACHER, "PKD", "PKD", 6.0, TWO_STAGE_LEVELS),
         (RCNN_STUDENT, RCNN_TEACHER, "CWD", "CWD", 10.0, TWO_STAGE_LEVELS),
         (RCNN_STUDENT, RCNN_TEACHER, "fgfi", "FGFI", 0.01, ()),
         # PKD's weight goes by the teacher, CWD's by the student; p6 means different things
@@ -156,10 +162,9 @@ def test_methods_are_found_by_names_of_heads_and_of_files():
     assert method_file("CWD", "one-stage") != method_file("CWD", "two-stage")
     assert method_file("CWD", "other") is None
     assert method_file("MyHead", "one-stage") is None
-    names = {
-        name.lower() for name in method_names(",".join((DEFAULT_METHOD, *BY_TEACHER)), ["PKD"])
-    }
+    names = {name.lower() for name in method_names(",".join((DEFAULT_METHOD[0], *BY_TEACHER)), [])}
     assert names <= {method for method, _ in METHOD_FILES}
+    assert all(method_file(name, family) for family, (name, _) in DEFAULT_METHODS.items())
 
 
 def test_a_method_without_values_for_the_detector(capsys):

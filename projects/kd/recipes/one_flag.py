@@ -25,11 +25,25 @@ from ..files import published_weights, resolve_config
 from ..heads.base import IMITATION_HEAD_REGISTRY, head_class
 from ..levels import default_levels, pair_levels
 from ..teacher import build_from_config
-from .methods import families_of, family, method_file, method_names, source_of
+from .methods import (
+    SEGMENTATION,
+    TWO_STAGE,
+    families_of,
+    family,
+    method_file,
+    method_names,
+    source_of,
+)
 
-DEFAULT_METHOD = "PKD"
-DEFAULT_REASON = (
-    "the default, as it needs the least tuning: AP is reported to move by 0.3 over weights 3 to 13"
+# Without --method: what gained most in our measurements of that family (docs/methods/index.md), and
+# where these do not tell the methods apart the one that needs the least tuning.
+DEFAULT_METHODS = {
+    TWO_STAGE: ("CWD", "the default for R-CNNs, where it gained most in our measurements"),
+    SEGMENTATION: ("PI", "the default for segmentation, where it gained most in our measurements"),
+}
+DEFAULT_METHOD = (
+    "PKD",
+    "the default, as it needs the least tuning: AP is reported to move by 0.3 over weights 3 to 13",
 )
 # Methods whose values go by the teacher's family; all others go by the student's.
 BY_TEACHER = frozenset({"PKD"})
@@ -67,7 +81,7 @@ def recipe_config(
     Args:
         student_config, teacher_config: paths or ``model_zoo://`` names.
         method: a name of ``configs/methods`` or of a head in any case, or several with commas;
-            "" = the default.
+            "" = the default of the student's family.
         opts: ``["KEY", value, ...]`` overrides; they win over the method's values.
         weights: the teacher's; "" = those of its own run, else those that its config names.
 
@@ -86,11 +100,12 @@ def recipe_config(
         )
     cfg.KD.META_ARCHITECTURE = "DistillMetaArch"
     heads = [name for name, _ in IMITATION_HEAD_REGISTRY]
-    methods = method_names(method or DEFAULT_METHOD, heads)
     cfg.KD.TEACHER.CONFIG_FILE = teacher_config
     cfg.KD.TEACHER.WEIGHTS = weights or cfg.KD.TEACHER.WEIGHTS
     check_each(cfg)
     student = _student_outline(cfg)
+    default, reason = DEFAULT_METHODS.get(family(student), DEFAULT_METHOD)
+    methods = method_names(method or default, heads)
     teacher, named, trained = _teacher_outline(cfg)
     lines = []
     if trained and not cfg.KD.TEACHER.WEIGHTS:
@@ -105,7 +120,7 @@ def recipe_config(
     merge_overrides(cfg, opts)
     for line, heads in told:
         values = "".join(_values(cfg, head, levels) for head in heads)
-        lines.append(f"{line}{values}" + ("" if method else f"; {DEFAULT_REASON}"))
+        lines.append(f"{line}{values}" + ("" if method else f"; {reason}"))
     return cfg, lines, cfg.KD.TEACHER.WEIGHTS or named
 
 
