@@ -92,6 +92,7 @@ CASES = {
         Case("FGD", {"ALPHA": 1.0, "BETA": 1.0, "GAMMA": 1.0, "AREA_REF": 0.0}, boxes=(4, 0)),
         Case("ReviewKD"),
         Case("ScoreL2", detectors=toy_retinanet),
+        Case("DSI"),
         Case("DKD", detectors=toy_rcnn, regions=True),
         # as many objects on both ranks: the normaliser of the detection loss is that of each
         Case("D3ETR", boxes=(3, 6), decoder=True),

@@ -10,6 +10,7 @@ from . import (  # noqa: F401
     d3etr,
     dist,
     dkd,
+    dsi,
     fgd,
     fgfi,
     icd,

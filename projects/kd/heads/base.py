@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from detectron2.layers import ShapeSpec
 from detectron2.utils.logger import log_first_n
 from detectron2.utils.registry import Registry
 from torch import nn
@@ -81,6 +82,11 @@ class ImitationHead(nn.Module):
             "weight": node.WEIGHT,
             "mask_padding": node.MASK_PADDING,
         }
+
+    @classmethod
+    def preferred(cls, levels: Sequence[str], shapes: Mapping[str, ShapeSpec]) -> list[str]:
+        """Those of the shared levels, finest first, that it takes unless LEVELS says otherwise."""
+        return list(levels)
 
     def forward(self, ctx: DistillContext) -> dict[str, torch.Tensor]:
         """Scalar fp32 losses of one step, already weighted.
@@ -186,6 +192,7 @@ def choose_levels(
         pairs = {level: teacher.own_names.get(level, level) for level in paired}
         chosen = default_levels(pairs, student.model, teacher.model)
         _tell_unread([level for level in paired if level not in chosen])
+        chosen = cls.preferred(chosen, student.shapes)
     if not chosen:
         sides = (("student", student), ("teacher", teacher))
         has = "; ".join(f"{n}: {describe(x.model.backbone.output_shape())}" for n, x in sides)

@@ -22,6 +22,7 @@ from ..config.key_checks import check_each
 from ..config.lazy_files import is_lazy_file
 from ..errors import ConfigError
 from ..files import published_weights, resolve_config
+from ..foreign import build_foreign, foreign_scheme
 from ..heads.base import IMITATION_HEAD_REGISTRY, head_class
 from ..levels import default_levels, pair_levels
 from ..teacher import build_from_config
@@ -119,7 +120,7 @@ def recipe_config(
     cfg.KD.HEADS = tuple(head for _, heads in told for head in heads)
     merge_overrides(cfg, opts)
     for line, heads in told:
-        values = "".join(_values(cfg, head, levels) for head in heads)
+        values = "".join(_values(cfg, head, levels, student) for head in heads)
         lines.append(f"{line}{values}" + ("" if method else f"; {reason}"))
     return cfg, lines, cfg.KD.TEACHER.WEIGHTS or named
 
@@ -151,7 +152,8 @@ def _fill(
     return f"{method} for a {kind}, values of {source_of(path)}", heads
 
 
-def _values(cfg, head: str, levels: list[str]) -> str:
+def _values(cfg, head: str, levels: list[str], student: nn.Module) -> str:
+    levels = head_class(head).preferred(levels, student.backbone.output_shape())
     node = cfg.KD.get(head.upper())
     if node is None:
         return ""
@@ -200,6 +202,8 @@ def _student_outline(cfg) -> nn.Module:
 def _teacher_outline(cfg) -> tuple[nn.Module, str, str]:
     """The teacher on the meta device, the weights that its config names, those that it trained."""
     node = cfg.KD.TEACHER
+    if foreign_scheme(node.CONFIG_FILE):
+        return _foreign_outline(node), node.CONFIG_FILE, ""
     path = resolve_config(node.CONFIG_FILE, "--teacher")
     outline = _without_weights(cfg)
     if not is_lazy_file(path):
@@ -212,6 +216,14 @@ def _teacher_outline(cfg) -> tuple[nn.Module, str, str]:
     model, own, weights, *_ = _OUTLINES[key]
     weights = published_weights(node.CONFIG_FILE, weights, node.OPTS)
     return model, weights, _trained_weights(own)
+
+
+def _foreign_outline(node) -> nn.Module:
+    key = node.CONFIG_FILE, str(node.OPTS)
+    if key not in _OUTLINES:
+        with torch.device("meta"):
+            _OUTLINES[key] = build_foreign(node, "cpu", outline=True)
+    return _OUTLINES[key]
 
 
 def _trained_weights(cfg) -> str:
@@ -243,6 +255,6 @@ def _check_trained(teacher: str, weights: str) -> None:
 
 def _stem(config: str) -> str:
     """A config's name for a folder; OUTPUT_DIR/config.yaml goes by its folder."""
-    folder, name = os.path.split(config)
+    folder, name = os.path.split(config.rpartition("://")[2])
     stem = os.path.splitext(name)[0]
     return os.path.basename(folder) or stem if stem == "config" else stem
