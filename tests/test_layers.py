@@ -19,7 +19,7 @@ LAYERS = (
     ("weights", "functional", "schedule", "balance"),
     ("predict", "data"),
     ("heads", "modeling", "evaluation"),
-    ("building", "unlabelled"),
+    ("building", "foreign", "unlabelled"),
     ("teacher",),
     ("teacher_link",),
     ("distiller",),

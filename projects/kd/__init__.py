@@ -11,6 +11,7 @@ from .context import DistillContext, ModelInfo
 from .detectors import register_detector
 from .distiller import DistillMetaArch, build_training_model, student_of
 from .errors import ConfigError, DataError
+from .foreign import ForeignBackbone, ForeignDetector, register_teacher
 from .heads import IMITATION_HEAD_REGISTRY, ImitationHead, build_adapters
 from .taps import TapSpec
 from .teacher import Teacher, build_teacher
@@ -21,6 +22,8 @@ __all__ = [
     "DataError",
     "DistillContext",
     "DistillMetaArch",
+    "ForeignBackbone",
+    "ForeignDetector",
     "ImitationHead",
     "ModelInfo",
     "TapSpec",
@@ -38,5 +41,6 @@ __all__ = [
     "optimizer_node",
     "register_config",
     "register_detector",
+    "register_teacher",
     "student_of",
 ]

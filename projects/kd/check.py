@@ -25,6 +25,7 @@ from .errors import ConfigError, did_you_mean
 from .evaluation.evaluators import check_best_metric
 from .evaluation.tiles import check_tiles
 from .files import require_pickles, resolve_config, resolve_weights
+from .foreign import foreign_scheme
 from .heads.base import head_class
 from .precision import cpu_computes_bfloat16
 from .schedule import build_ramp
@@ -237,7 +238,8 @@ def _check_distillation(cfg) -> None:
         _check_ramp(cfg, name)
     if not kd.TEACHER.CONFIG_FILE:
         raise ConfigError("KD.TEACHER.CONFIG_FILE is empty: name the teacher's config")
-    resolve_config(kd.TEACHER.CONFIG_FILE, "KD.TEACHER.CONFIG_FILE")
+    if not foreign_scheme(kd.TEACHER.CONFIG_FILE):
+        resolve_config(kd.TEACHER.CONFIG_FILE, "KD.TEACHER.CONFIG_FILE")
     if kd.TEACHER.WEIGHTS and "://" not in kd.TEACHER.WEIGHTS:
         resolve_weights(kd.TEACHER.WEIGHTS, "KD.TEACHER.WEIGHTS")
 

@@ -34,11 +34,14 @@ class ClassLayer:
             serves all classes alike.
         background: the last channel is the background's.
         kind: metadata that names the classes.
+        labels: buffer of the detector, (labels,) with the class of each label, -1 = none; k above
+            is then a label. Label 0 stays, whatever is chosen: the background. "" = k is a class.
     """
 
     inner: int = 1
     background: bool = False
     kind: str = "thing_classes"
+    labels: str = ""
 
 
 @dataclass

@@ -17,6 +17,7 @@ from .errors import ConfigError
 from .moved_configs import moved
 
 MODEL_ZOO_PREFIX = "model_zoo://"
+SCRIPT_PREFIX = "torchscript://"
 _ZOO_WEIGHT_PREFIXES = ("detectron2://", "https://dl.fbaipublicfiles.com/detectron2/")
 _PLAIN_PATH = re.compile(r"[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*", re.ASCII)
 
@@ -60,6 +61,8 @@ def beside(name: str, folder: str) -> str:
     Returns:
         The path, or ``name`` unchanged, which is then relative to the working directory.
     """
+    if name.startswith(SCRIPT_PREFIX):  # a path stands behind it
+        return SCRIPT_PREFIX + beside(name[len(SCRIPT_PREFIX) :], folder)
     plain = expand(name.partition("?")[0])
     if "://" in name or os.path.isabs(plain):
         return name

@@ -21,6 +21,7 @@ from .data.register import names_by_kind
 from .detectors import taps_for
 from .errors import ConfigError, UserError, did_you_mean
 from .files import published_weights, resolve_config
+from .foreign import build_foreign, foreign_scheme
 from .levels import canvas_size, cut, needed_divisibility, square_side
 from .modeling.class_layers import map_classes
 from .modeling.narrow_maps import guard_narrow_maps
@@ -214,21 +215,13 @@ def build_teacher(cfg) -> Teacher:
         ConfigError: config or weights missing, or parameters that the weights do not hold.
     """
     node = cfg.KD.TEACHER
-    path = resolve_config(node.CONFIG_FILE, "KD.TEACHER.CONFIG_FILE")
-    model, teacher_cfg, weights, input_format, datasets = build_from_config(cfg, path)
-    weights = node.WEIGHTS or published_weights(node.CONFIG_FILE, weights, node.OPTS)
-    if weights:
-        loaded = load_weights(model, weights, "KD.TEACHER.WEIGHTS", cfg.KD.ALLOW_PICKLE)
-        if loaded.missing and not node.ALLOW_MISSING:
-            raise ConfigError(
-                f"KD.TEACHER.WEIGHTS: '{weights}' lacks {len(loaded.missing)} of the "
-                f"{len(model.state_dict())} parameters and buffers of the teacher that "
-                f"KD.TEACHER.CONFIG_FILE describes: {modules_in(loaded.missing)}; {loaded}"
-            )
-    elif not node.ALLOW_MISSING:
-        raise ConfigError("KD.TEACHER.WEIGHTS is empty and the teacher's config names no weights")
+    if foreign_scheme(node.CONFIG_FILE):
+        model = build_foreign(node, cfg.MODEL.DEVICE, cfg.KD.ALLOW_PICKLE)
+        parts = model, None, model.input_format, model.weights, model.names
+    else:
+        parts = _build_from_file(cfg)
+    model, teacher_cfg, input_format, weights, names = parts
     _check_formats(cfg.INPUT.FORMAT, input_format)
-    names = _names(cfg, teacher_cfg, datasets)
     class_map = map_classes(cfg, model, names)
     teacher = Teacher(
         model,
@@ -242,6 +235,25 @@ def build_teacher(cfg) -> Teacher:
     )
     logger.info("%r", teacher)
     return teacher
+
+
+def _build_from_file(cfg):
+    """A detectron2 detector with its weights: (model, its config, image format, weights, names)."""
+    node = cfg.KD.TEACHER
+    path = resolve_config(node.CONFIG_FILE, "KD.TEACHER.CONFIG_FILE")
+    model, teacher_cfg, weights, input_format, datasets = build_from_config(cfg, path)
+    weights = node.WEIGHTS or published_weights(node.CONFIG_FILE, weights, node.OPTS)
+    if weights:
+        loaded = load_weights(model, weights, "KD.TEACHER.WEIGHTS", cfg.KD.ALLOW_PICKLE)
+        if loaded.missing and not node.ALLOW_MISSING:
+            raise ConfigError(
+                f"KD.TEACHER.WEIGHTS: '{weights}' lacks {len(loaded.missing)} of the "
+                f"{len(model.state_dict())} parameters and buffers of the teacher that "
+                f"KD.TEACHER.CONFIG_FILE describes: {modules_in(loaded.missing)}; {loaded}"
+            )
+    elif not node.ALLOW_MISSING:
+        raise ConfigError("KD.TEACHER.WEIGHTS is empty and the teacher's config names no weights")
+    return model, teacher_cfg, input_format, weights, _names(cfg, teacher_cfg, datasets)
 
 
 def _check_formats(ours: str, theirs: str) -> None:

@@ -11,17 +11,24 @@ from detectron2.structures import Boxes, ImageList, pairwise_iou
 from ..detectors import configured_classes, offers
 from ..distiller import build_training_model
 from ..engine.optim import build_optimizations
+from ..foreign import foreign_scheme
 from ..levels import scaled_size
 from ..predict import predictor_for
 from .measure import random_batch, settle_norms
 
 
 def without_weights(cfg, device: str = "cpu"):
-    """A distillation config, changed to random weights and a learning rate that moves nothing."""
-    lazy = cfg.KD.TEACHER.CONFIG_FILE.endswith(".py")
-    no_weights = ["train.init_checkpoint" if lazy else "MODEL.WEIGHTS", ""]
+    """A distillation config, changed to random weights and a learning rate that moves nothing.
+
+    A teacher of another library keeps its KD.TEACHER.WEIGHTS: an exported program is made of them.
+    """
+    node = cfg.KD.TEACHER
+    lazy = node.CONFIG_FILE.endswith(".py")
+    weights, no_weights = "", ["train.init_checkpoint" if lazy else "MODEL.WEIGHTS", ""]
+    if foreign_scheme(node.CONFIG_FILE):
+        weights, no_weights = node.WEIGHTS, []
     cfg.merge_from_list(
-        ["MODEL.WEIGHTS", "", "KD.TEACHER.WEIGHTS", "", "KD.TEACHER.ALLOW_MISSING", True]
+        ["MODEL.WEIGHTS", "", "KD.TEACHER.WEIGHTS", weights, "KD.TEACHER.ALLOW_MISSING", True]
         + ["KD.TEACHER.OPTS", [*cfg.KD.TEACHER.OPTS, *no_weights]]
         + ["MODEL.DEVICE", device, "SOLVER.BASE_LR", 1e-8]
     )

@@ -9,6 +9,7 @@ from ..config import load_config
 from ..config.teachers import GROUP, config_of, teacher_names
 from ..errors import ConfigError
 from ..files import find_shipped
+from ..foreign import foreign_scheme
 from ..recipes.one_flag import recipe_config
 from .suite_file import ONCE, flat_opts
 
@@ -56,6 +57,8 @@ def lessons_of(suite: dict) -> dict[str, dict[str, str]]:
                 named = config_of(cfg, name).KD.TEACHER.CONFIG_FILE
                 if own := _with_config(row, teachers, named):
                     found.setdefault(row["name"], {})[f"{GROUP}.{name}"] = own["name"]
+        elif cfg and "teacher" not in row and foreign_scheme(cfg.KD.TEACHER.CONFIG_FILE):
+            continue  # no row trains a model of another library
         elif teacher := _teacher_of(row, teachers):
             found[row["name"]] = {"KD.TEACHER": teacher["name"]}
     return found

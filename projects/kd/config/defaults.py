@@ -132,11 +132,14 @@ def _add_distillation_keys(cfg: CN) -> None:
     kd.ALLOW_PICKLE = False
 
     kd.TEACHER = teacher = CN()
-    # A detectron2 .yaml, "model_zoo://COCO-Detection/....yaml", or a LazyConfig .py.
+    # A detectron2 .yaml, "model_zoo://COCO-Detection/....yaml", or a LazyConfig .py. Or a model of
+    # another library: "torchvision://fasterrcnn_resnet50_fpn", "timm://vit_small_patch14_dinov2",
+    # "torchscript://my_teacher.yaml" (docs/guide/any_teacher.md).
     teacher.CONFIG_FILE = ""
     # "" = the weights that the teacher's own config names.
     teacher.WEIGHTS = ""
-    # Overrides of the teacher's config: ["KEY", value, "KEY", value, ...].
+    # Overrides of the teacher's config: ["KEY", value, "KEY", value, ...]. Of another library its
+    # options, ["LEVELS", [["p4", 16, -1]]] for example.
     teacher.OPTS = []
     # Which of its classes are the student's, for heads on class outputs: ["by_name"] (or just
     # "by_name"), or pairs [[student class, teacher class], ...] of names or numbers. Classes that

@@ -77,8 +77,12 @@ def _flagged(points: Sequence[float], least: float) -> list[float]:
 
 
 def least_score(model: nn.Module) -> float:
-    """The score below which a detector gives nothing (SCORE_THRESH_TEST); 0 if it does not say."""
-    scores = (getattr(module, "test_score_thresh", 0.0) for module in model.modules())
+    """The score below which a detector gives nothing; 0 if it does not say.
+
+    Of detectron2's it is SCORE_THRESH_TEST, of torchvision's ``score_thresh``.
+    """
+    names = ("test_score_thresh", "score_thresh")
+    scores = (getattr(module, name, 0.0) for module in model.modules() for name in names)
     return max((x for x in scores if isinstance(x, float)), default=0.0)
 
 

@@ -50,29 +50,43 @@ def choose_classes(model: nn.Module, chosen: Mapping[str, Sequence[int]]) -> Non
     Raises:
         ConfigError: a class layer of unknown form.
     """
-    for path, layer in class_layers(model).items():
-        if layer.kind not in chosen:
-            continue
-        classes, total = list(chosen[layer.kind]), _number(model, path, layer)
-        if classes == list(range(total)):
-            continue
+    layers = {
+        path: layer
+        for path, layer in class_layers(model).items()
+        if list(chosen.get(layer.kind, ())) not in ([], list(range(_number(model, path, layer))))
+    }
+    for path, layer in layers.items():
         module = model.get_submodule(path)
         channels = _channels(module, path)
         if channels != layer.inner:  # else it serves all classes
-            _keep_rows(module, _rows(path, layer, channels, total, classes))
-    for path, layer in class_layers(model).items():
-        if layer.kind in chosen:
-            for owner in _owners(model, path):
-                if isinstance(getattr(owner, "num_classes", None), int):
-                    owner.num_classes = len(chosen[layer.kind])
+            kept, total = _labels(model, path, layer, chosen[layer.kind])
+            _keep_rows(module, _rows(path, layer, channels, total, kept))
+    for path, layer in layers.items():
+        number = len(chosen[layer.kind]) + bool(layer.labels)
+        for owner in _owners(model, path):
+            if isinstance(getattr(owner, "num_classes", None), int):
+                owner.num_classes = number
+    for name, kind in {(x.labels, x.kind) for x in layers.values() if x.labels}:
+        table = getattr(model, name)
+        setattr(model, name, table.new_tensor([-1, *range(len(chosen[kind]))]))
 
 
 def _number(model: nn.Module, path: str, layer: ClassLayer) -> int:
     """K of a class layer: what the nearest module around it says, else its channels."""
+    if layer.labels:
+        return int(getattr(model, layer.labels).max()) + 1
     for owner in _owners(model, path):
         if isinstance(getattr(owner, "num_classes", None), int):
             return owner.num_classes
     return _channels(model.get_submodule(path), path) // layer.inner - layer.background
+
+
+def _labels(model: nn.Module, path: str, layer: ClassLayer, classes: Sequence[int]):
+    """Labels of classes, and how many labels there are; without a table classes are labels."""
+    if not layer.labels:
+        return list(classes), _number(model, path, layer)
+    table = getattr(model, layer.labels).tolist()
+    return [0, *(table.index(k) for k in classes)], len(table)
 
 
 def _owners(model: nn.Module, path: str) -> list[nn.Module]:

@@ -56,9 +56,13 @@ def load_timm_weights(model: nn.Module, path: str) -> LoadReport:
         FileNotFoundError: no such file.
         ConfigError: not readable, or something besides the classifier does not match.
     """
-    saved = _read(path)
-    if "_conv_stem.weight" in saved:
-        saved = dict(_from_efficientnet_lite(saved, model.state_dict()))
+    try:
+        local = resolve_weights(path, KEY)
+    except ConfigError as error:
+        raise FileNotFoundError(str(error)) from error
+    saved = read_state(local, KEY)
+    if needs_timm_names(saved):
+        saved = timm_names(saved, model.state_dict())
     target = {
         name: value
         for name, value in model.state_dict().items()
@@ -86,17 +90,19 @@ def _check(path: str, missing: Iterable[str], unexpected: Iterable[str]) -> None
             raise ConfigError(f"{KEY}: '{path}' is not for this MODEL.TIMM.NAME: it {kind} {shown}")
 
 
-def _read(path: str) -> dict[str, torch.Tensor]:
-    try:
-        local = resolve_weights(path, KEY)
-    except ConfigError as error:
-        raise FileNotFoundError(str(error)) from error
-    saved = read_torch_file(local, KEY)
-    for key in ("state_dict", "model"):
-        if isinstance(saved, Mapping) and isinstance(saved.get(key), Mapping):
-            saved = saved[key]
+def read_state(path: str, key: str) -> dict[str, torch.Tensor]:
+    """The state dict of a timm model in a local file, plain or under "state_dict" or "model".
+
+    Args:
+        path: the file; read without running code from it.
+        key: the config key that names it, for messages.
+    """
+    saved = read_torch_file(path, key)
+    for name in ("state_dict", "model"):
+        if isinstance(saved, Mapping) and isinstance(saved.get(name), Mapping):
+            saved = saved[name]
     if not isinstance(saved, Mapping) or not all(torch.is_tensor(v) for v in saved.values()):
-        raise ConfigError(f"{KEY}: '{path}' does not hold a state dict")
+        raise ConfigError(f"{key}: '{path}' does not hold a state dict")
     return dict(saved)
 
 
@@ -127,13 +133,21 @@ _OUTSIDE = {
 }
 
 
-def _from_efficientnet_lite(
-    saved: Mapping[str, torch.Tensor], target: Iterable[str]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """timm's names for the EfficientNet-Lite packages' (inferred from the two key lists).
+def needs_timm_names(saved: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a state dict has the EfficientNet-Lite packages' names."""
+    return "_conv_stem.weight" in saved
 
-    The packages count blocks through; timm counts them within a stage, as ``target`` shows.
+
+def timm_names(saved: Mapping[str, torch.Tensor], target: Iterable[str]) -> dict[str, torch.Tensor]:
+    """A state dict of the EfficientNet-Lite packages under timm's names.
+
+    They are inferred from the two key lists. The packages count blocks through; timm counts them
+    within a stage, as ``target``, the names in timm's model, shows.
     """
+    return dict(_renamed(saved, target))
+
+
+def _renamed(saved, target: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     places = [re.match(r"blocks\.(\d+)\.(\d+)\.", name) for name in target]
     order = sorted({(int(place[1]), int(place[2])) for place in places if place})
     for name, value in saved.items():

@@ -219,9 +219,9 @@ def _teacher_outline(cfg) -> tuple[nn.Module, str, str]:
 
 
 def _foreign_outline(node) -> nn.Module:
-    key = node.CONFIG_FILE, str(node.OPTS)
+    key = node.CONFIG_FILE, node.WEIGHTS, str(node.OPTS)
     if key not in _OUTLINES:
-        with torch.device("meta"):
+        with meta_device():
             _OUTLINES[key] = build_foreign(node, "cpu", outline=True)
     return _OUTLINES[key]
 

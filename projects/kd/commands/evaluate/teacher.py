@@ -6,7 +6,8 @@ Builds the teacher of KD.TEACHER, or, when the config names none, the model of t
 with MODEL.WEIGHTS, and evaluates it on DATASETS.TEST. Images are resized and ordered as the
 teacher's own config says (INPUT.MIN_SIZE_TEST, MAX_SIZE_TEST, FORMAT); with --student-input as the
 student's config says, times KD.TEACHER.INPUT_SCALE: what it sees in training. Channel order always
-follows the teacher. Predictions and metrics.json are written to OUTPUT_DIR/teacher_evaluation.
+follows the teacher. A torchvision detector gets images as they are and resizes by itself, unless
+--student-input is given. Predictions and metrics.json are written to OUTPUT_DIR/teacher_evaluation.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
 from ... import ConfigError, build_teacher, check_config, load_config
@@ -30,6 +32,7 @@ from ...data.image_check import check_images
 from ...data.register import names_by_kind, register_configured
 from ...errors import require_one_of
 from ...evaluation import check_evaluation, evaluate
+from ...foreign import ForeignDetector
 from ...weights.loading import load_detector
 
 INPUT_KEYS = ("MIN_SIZE_TEST", "MAX_SIZE_TEST")
@@ -83,6 +86,8 @@ def build(cfg, student_input: bool) -> Detector:
     check_taught_names(cfg, teacher.names)
     in_students_numbers(teacher)
     cfg.INPUT.FORMAT = teacher.input_format
+    if isinstance(teacher.model, ForeignDetector):
+        _as_its_library(cfg, teacher.model, student_input)
     if teacher.cfg is not None:
         # what this model predicts, and how many of it
         cfg.MODEL.MASK_ON = teacher.cfg.MODEL.MASK_ON
@@ -123,6 +128,20 @@ def in_students_numbers(teacher) -> None:
                 found.pred_classes = lacking["thing_classes"].own(found.pred_classes)
 
     teacher.model.register_forward_hook(renumber)
+
+
+def _as_its_library(cfg, model: ForeignDetector, student_input: bool) -> None:
+    """A model of another library is evaluated with what it says of itself."""
+    if not model.predicts:
+        model([])  # says so
+    model.resizes = model.resizes and not student_input
+    names = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
+    points = all(MetadataCatalog.get(name).get("keypoint_names") for name in names)
+    for key, value in model.evaluated_with.items():
+        if key == "MODEL.KEYPOINT_ON":  # the data may have none
+            value = value and points
+        if not (student_input and key.startswith("INPUT.")):
+            cfg.merge_from_list([key, value])
 
 
 def read_config(args):
