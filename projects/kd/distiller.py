@@ -163,7 +163,7 @@ class DistillMetaArch(nn.Module):
         # first: a teacher's activations are gone before the student's are kept, and on a GPU its
         # kernels hide behind the student's host work
         with torch.profiler.record_function("kd/teacher"):
-            seen = [self._run_teachers(part) for part in parts]
+            seen = [self.run_teachers(part) for part in parts]
         losses: dict[str, torch.Tensor] = {}
         contexts = []
         for part, found in zip(parts, seen, strict=True):
@@ -175,7 +175,8 @@ class DistillMetaArch(nn.Module):
     def _canvas_of(self, batch) -> tuple[int, int]:
         return self._padding.canvas([tuple(x["image"].shape[-2:]) for x in batch])
 
-    def _run_teachers(self, batch) -> list[dict]:
+    def run_teachers(self, batch: list[dict]) -> list[dict]:
+        """What each teacher's taps give for a batch, see :meth:`Teacher.observe`."""
         canvas = self._canvas_of(batch)
         return [link.observe(batch, canvas, self.image_format) for link in self.links]
 
@@ -233,7 +234,7 @@ class DistillMetaArch(nn.Module):
             if head.needs_boxes and seen.gt is None:
                 raise DataError(f"KD.HEADS: {name} needs boxes, and this batch has no annotations")
             with (
-                torch.profiler.record_function(f"kd/{name}"),
+                torch.profiler.record_function(f"kd/head/{name}"),
                 torch.autocast(self.device.type, enabled=False),
             ):
                 own = link_of.get(name, self.links[0]).told(head(seen))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import ImageList
 from torch import nn
+from torch.profiler import record_function
 
 from .building import build_detector
 from .config import DTYPES, LazyNode, load_config
@@ -165,15 +166,18 @@ class Teacher:
         """
         assert not self.model.training, "the teacher left eval mode"
         padded = self.own_canvas(canvas)
-        tensor = self.preprocess(images, padded, image_format)
+        with record_function("kd/teacher/preprocess"):
+            tensor = self.preprocess(images, padded, image_format)
         sizes = [tuple(image.shape[-2:]) for image in images]
         try:
             with self.taps.record(), self._precision(tensor.device.type):
-                features = self.model.backbone(tensor)
+                with record_function("kd/teacher/backbone"):
+                    features = self.model.backbone(tensor)
                 inside = {} if padded == canvas else self._cut_taps(features, canvas)
                 features = inside.get("features", features)
                 seen = ImageList(tensor[..., : canvas[0], : canvas[1]], sizes)
-                run_tapped(self.model, self.taps.specs.values(), features, seen)
+                with record_function("kd/teacher/head"):
+                    run_tapped(self.model, self.taps.specs.values(), features, seen)
             return {name: inside.get(name, self.taps[name]) for name in self.taps.specs}
         finally:
             self.taps.clear()

@@ -35,6 +35,26 @@ def without_weights(cfg, device: str = "cpu"):
     return cfg
 
 
+def noise_batch(cfg, size: tuple[int, int], boxes: int, images: int, teacher_scale: float = 1.0):
+    """:func:`random_batch` for the student of a config, with the teacher's images at a scale."""
+    number = configured_classes(cfg, cfg.MODEL.META_ARCHITECTURE)
+    segments = offers(cfg.MODEL.META_ARCHITECTURE, "sem_seg")
+    classes = 1 if number is None else number
+    batch = random_batch(size, boxes, classes, images=images, label_maps=segments)
+    for x in batch if teacher_scale != 1 else ():
+        scaled = scaled_size(x["image"].shape[-2:], teacher_scale)
+        x["image_teacher"] = F.interpolate(x["image"][None], size=scaled)[0]
+    return batch
+
+
+def settle_detector(detector, batch) -> None:
+    """:func:`settle_norms` of a detector's backbone on a batch as it normalises and pads it."""
+    mean, std = detector.pixel_mean, detector.pixel_std
+    images = [(x["image"].to(mean.device) - mean) / std for x in batch]
+    padded = ImageList.from_tensors(images, detector.backbone.size_divisibility).tensor
+    settle_norms(detector.backbone, padded)
+
+
 class Bench:
     """Student, teacher and some heads with random weights on one batch of noise.
 
@@ -55,29 +75,12 @@ class Bench:
         torch.manual_seed(0)
         self.model = build_training_model(self.cfg).train()
         self.device = self.model.device
-        segments = offers(self.cfg.MODEL.META_ARCHITECTURE, "sem_seg")
-        self.batch = random_batch(
-            image_size, boxes, self._classes(), images=images, label_maps=segments
-        )
-        for x in self.batch if self.model.teacher_scale != 1 else ():
-            size = scaled_size(x["image"].shape[-2:], self.model.teacher_scale)
-            x["image_teacher"] = F.interpolate(x["image"][None], size=size)[0]
-        student, teacher = self.model.student, self.model.teacher.model
-        for detector in (student, teacher):
-            settle_norms(detector.backbone, self._input(detector))
+        self.batch = noise_batch(self.cfg, image_size, boxes, images, self.model.teacher_scale)
+        for detector in (self.model.student, self.model.teacher.model):
+            settle_detector(detector, self.batch)
         amp = self.cfg.SOLVER.AMP
         self.dtype = getattr(torch, amp.DTYPE) if amp.ENABLED else None
         self.ctx = self._observe()
-
-    def _input(self, detector) -> torch.Tensor:
-        """(N, 3, H, W) as the detector normalises and pads it."""
-        mean, std = detector.pixel_mean, detector.pixel_std
-        images = [(x["image"].to(mean.device) - mean) / std for x in self.batch]
-        return ImageList.from_tensors(images, detector.backbone.size_divisibility).tensor
-
-    def _classes(self) -> int:
-        number = configured_classes(self.cfg, self.cfg.MODEL.META_ARCHITECTURE)
-        return 1 if number is None else number
 
     def autocast(self):
         """The precision of SOLVER.AMP."""

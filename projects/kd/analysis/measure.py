@@ -233,6 +233,8 @@ def settle_norms(model: nn.Module, images: torch.Tensor) -> None:
         module.running_var.copy_(x.var((0, 2, 3), unbiased=False))
 
     norms = [module for module in model.modules() if isinstance(module, FrozenBatchNorm2d)]
+    if not norms:
+        return
     handles = [norm.register_forward_pre_hook(adopt) for norm in norms]
     try:
         model(images)

@@ -16,6 +16,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
+from torch.profiler import record_function
 
 from ..config.teachers import image_scale
 from ..detectors import offers
@@ -57,11 +58,13 @@ class ImageMapper(DatasetMapper):
             DataError: a file that cannot be used; it is named.
         """
         example = copy.deepcopy(dataset_dict)
-        image = self._image(example)
-        labels = example.pop("sem_seg_file_name", None)
-        given = T.AugInput(image, sem_seg=None if labels is None else read_labels(labels))
+        with record_function("kd/loader/read"):
+            image = self._image(example)
+            labels = example.pop("sem_seg_file_name", None)
+            given = T.AugInput(image, sem_seg=None if labels is None else read_labels(labels))
         try:
-            transforms = self.augmentations(given)
+            with record_function("kd/loader/augmentation"):
+                transforms = self.augmentations(given)
         except ValueError as error:
             raise DataError(
                 f"{example['file_name']}: image of {image.shape[1]}x{image.shape[0]} pixels cannot "
@@ -76,7 +79,8 @@ class ImageMapper(DatasetMapper):
         if not self.is_train:
             example.pop("annotations", None)
         elif "annotations" in example:
-            self._transform_annotations(example, transforms, shape)
+            with record_function("kd/loader/annotations"):
+                self._transform_annotations(example, transforms, shape)
         return example
 
     def _image(self, example: dict) -> np.ndarray:

@@ -16,6 +16,7 @@ from detectron2.utils.events import EventStorage, get_event_storage, has_event_s
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
+from torch.profiler import record_function
 
 from ..errors import ConfigError, TrainingError
 from ..seeding import STEP, seed_generators
@@ -111,13 +112,15 @@ class TrainLoop(SimpleTrainer):
         """One iteration; see the class."""
         assert self.model.training, "the model was switched to eval mode during training"
         self._replay_metrics()
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+        with record_function("kd/optimizer"):
+            for optimizer in self.optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
         losses: dict[str, torch.Tensor] = {}
         data_time = 0.0
         for micro_step in range(self.accum_steps):
             start = time.perf_counter()
-            batch = next(self._data_loader_iter)
+            with record_function("kd/loader"):
+                batch = next(self._data_loader_iter)
             data_time += time.perf_counter() - start
             # after loading: a loader without workers uses the same generators
             self._seed(micro_step)
@@ -127,10 +130,13 @@ class TrainLoop(SimpleTrainer):
                     losses[name] = losses[name] + part if name in losses else part
         self.after_backward()
         self._refuse_idle()
-        self._step(losses)
-        self._waiting.append((self.iter, data_time, list(losses), torch.stack([*losses.values()])))
-        if (self.iter + 1) % self.gather_metric_period == 0 or self.iter + 1 >= self.max_iter:
-            self.write_waiting_metrics()
+        with record_function("kd/optimizer"):
+            self._step(losses)
+        with record_function("kd/logging"):
+            entry = self.iter, data_time, list(losses), torch.stack([*losses.values()])
+            self._waiting.append(entry)
+            if (self.iter + 1) % self.gather_metric_period == 0 or self.iter + 1 >= self.max_iter:
+                self.write_waiting_metrics()
 
     def _exchange_gradients(self, now: bool):
         if now or not isinstance(self.model, DistributedDataParallel):
@@ -160,8 +166,11 @@ class TrainLoop(SimpleTrainer):
         return {"loss": losses} if isinstance(losses, torch.Tensor) else losses
 
     def _backward(self, batch) -> dict[str, torch.Tensor]:
-        losses = self._losses(self.model, batch)
-        self.scaler.scale(sum(losses.values()) / self.accum_steps).backward()
+        with record_function("kd/forward"):
+            losses = self._losses(self.model, batch)
+            total = self.scaler.scale(sum(losses.values()) / self.accum_steps)
+        with record_function("kd/backward"):
+            total.backward()
         return losses
 
     def _refuse_idle(self) -> None:
