@@ -31,6 +31,7 @@ from ..errors import ConfigError, DataError
 from ..files import require_pickles
 from ..seeding import UNLABELLED
 from ..stopping import serve_on
+from .cache import CachePlan
 from .lazy_loader import TrainParts, lazy_train_mapper, lazy_train_parts, own_train_loader
 from .mapper import build_train_mapper
 from .streams import GroupedBatchSampler, JoinedBatches, SeededDataset, Streams, aspect_groups
@@ -74,11 +75,14 @@ def build_train_loader(
     if own is not None:
         return own
     skip = start_iter * cfg.SOLVER.ACCUM_STEPS
-    parts = []
+    parts, cache = [], CachePlan(cfg)
     if lazy or cfg.DATASETS.TRAIN or not cfg.KD.UNLABELED.DATASETS:
-        parts.append(_labelled(cfg, seed, cfg.SOLVER.IMS_PER_BATCH // ranks, skip, mapper))
+        size = cfg.SOLVER.IMS_PER_BATCH // ranks
+        parts.append(_labelled(cfg, seed, size, skip, mapper, cache))
     if cfg.KD.UNLABELED.DATASETS:
-        parts.append(_unlabelled(cfg, seed, unlabelled_in_a_process(cfg, ranks), skip))
+        size = unlabelled_in_a_process(cfg, ranks)
+        parts.append(_unlabelled(cfg, seed, size, skip, cache))
+    cache.open()
     dataset, batches = parts[0] if len(parts) == 1 else _both(parts)
     return TrainLoader(
         DataLoader(
@@ -92,7 +96,9 @@ def build_train_loader(
     )
 
 
-def _labelled(cfg: CfgNode, seed: int, size: int, skip: int, mapper) -> tuple[Dataset, Sampler]:
+def _labelled(
+    cfg: CfgNode, seed: int, size: int, skip: int, mapper, cache: CachePlan
+) -> tuple[Dataset, Sampler]:
     """Images of DATASETS.TRAIN and their batches in this process."""
     lazy = isinstance(cfg, LazyNode)
     parts = lazy_train_parts(cfg, seed) if lazy else _train_parts(cfg, seed)
@@ -100,11 +106,13 @@ def _labelled(cfg: CfgNode, seed: int, size: int, skip: int, mapper) -> tuple[Da
     batches = GroupedBatchSampler(
         parts.sampler, aspect_groups(images) if parts.grouping else None, size, skip=skip
     )
+    if isinstance(images, list) and mapper is None and not lazy:
+        images = without_unused(cfg, images)
+    mapper = mapper or parts.make_mapper()
+    images = cache.add(images, mapper)
     if isinstance(images, list):
-        if mapper is None and not lazy:
-            images = without_unused(cfg, images)
         images = DatasetFromList(images, copy=False)
-    return SeededDataset(images, mapper or parts.make_mapper(), seed, comm.get_rank()), batches
+    return SeededDataset(images, mapper, seed, comm.get_rank()), batches
 
 
 def _train_parts(cfg: CfgNode, seed: int) -> TrainParts:
@@ -116,7 +124,9 @@ def _train_parts(cfg: CfgNode, seed: int) -> TrainParts:
     return TrainParts(images, sampler, make_mapper, cfg.DATALOADER.ASPECT_RATIO_GROUPING)
 
 
-def _unlabelled(cfg: CfgNode, seed: int, size: int, skip: int) -> tuple[Dataset, Sampler]:
+def _unlabelled(
+    cfg: CfgNode, seed: int, size: int, skip: int, cache: CachePlan
+) -> tuple[Dataset, Sampler]:
     """The same of KD.UNLABELED.DATASETS, by random numbers of their own.
 
     So the labelled part of each batch is what it is without them.
@@ -132,7 +142,7 @@ def _unlabelled(cfg: CfgNode, seed: int, size: int, skip: int) -> tuple[Dataset,
     lazy = isinstance(cfg, LazyNode)
     mapper = lazy_train_mapper(cfg) if lazy else build_train_mapper(cfg, labelled=False)
     mapper = WithoutLabels(mapper)
-    images = DatasetFromList(images, copy=False)
+    images = DatasetFromList(cache.add(images, mapper), copy=False)
     return SeededDataset(images, mapper, seed, comm.get_rank(), UNLABELLED), batches
 
 

@@ -8,6 +8,7 @@ it where labels or file names matter.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -22,6 +23,7 @@ from ..config.teachers import image_scale
 from ..detectors import offers
 from ..errors import DataError
 from ..levels import scaled_size
+from .cache import SLOT, ImageStore, ResizedInput, resized_shape
 from .detr_augmentation import detr_augmentations
 from .ignored_regions import paint_out
 from .images import image_header, read_image, read_labels, size_problem
@@ -45,6 +47,7 @@ class ImageMapper(DatasetMapper):
     def __init__(self, is_train: bool, *, white: float = 0.0, **kwargs):
         super().__init__(is_train, **kwargs)
         self.white = white
+        self.store: ImageStore | None = None  # DATALOADER.CACHE
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True):
@@ -59,9 +62,8 @@ class ImageMapper(DatasetMapper):
         """
         example = copy.deepcopy(dataset_dict)
         with record_function("kd/loader/read"):
-            image = self._image(example)
-            labels = example.pop("sem_seg_file_name", None)
-            given = T.AugInput(image, sem_seg=None if labels is None else read_labels(labels))
+            given = self._given(example)
+        image = given.image
         try:
             with record_function("kd/loader/augmentation"):
                 transforms = self.augmentations(given)
@@ -83,14 +85,40 @@ class ImageMapper(DatasetMapper):
                 self._transform_annotations(example, transforms, shape)
         return example
 
-    def _image(self, example: dict) -> np.ndarray:
-        path = example["file_name"]
-        image = read_image(path, self.image_format, self.white)
-        height, width = image.shape[:2]
+    def use_store(self, store: ImageStore) -> str:
+        """Keep images there; returns "resized" or "decoded", what is kept."""
+        self.store = store
+        return "resized" if self._resized_shape(1, 1) else "decoded"
+
+    def kept_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of what is kept of an image of these."""
+        return self._resized_shape(height, width) or (height, width)
+
+    def _resized_shape(self, height: int, width: int) -> tuple[int, int] | None:
+        """Size of the resized image that is kept; None = the image is kept as read."""
+        augmentations = self.augmentations.augs
+        return resized_shape(augmentations[0], height, width) if augmentations else None
+
+    def _given(self, example: dict) -> T.AugInput:
+        path, slot = example["file_name"], example.pop(SLOT, None)
+        labels = example.pop("sem_seg_file_name", None)
+        read = functools.partial(read_image, path, self.image_format, self.white)
+        if self.store is None or slot is None:
+            given = T.AugInput(read())
+        elif self._resized_shape(1, 1):
+            given = ResizedInput(self.store, slot, read)
+        else:
+            image = self.store.get(slot)
+            if image is None:
+                image = read()
+                self.store.put(slot, image, image.shape[:2])
+            given = T.AugInput(image)
+        height, width = given.image.shape[:2]
         size = example.setdefault("width", width), example.setdefault("height", height)
         if size != (width, height):
             raise DataError(f"{path}: {size_problem(image_header(path), *size)}")
-        return image
+        given.sem_seg = None if labels is None else read_labels(labels)
+        return given
 
 
 class MultiResolutionMapper(ImageMapper):
@@ -118,6 +146,9 @@ class MultiResolutionMapper(ImageMapper):
         """Read INPUT and KD.TEACHER.INPUT_SCALE, of several teachers the one that is not 1."""
         scale = image_scale(cfg)
         return {**super().from_config(cfg, is_train), "teacher_scale": scale}
+
+    def _resized_shape(self, height: int, width: int) -> tuple[int, int] | None:
+        return super()._resized_shape(height, width) if self.teacher_scale == 1 else None
 
     def __call__(self, dataset_dict: dict) -> dict:
         """See :class:`detectron2.data.DatasetMapper`."""

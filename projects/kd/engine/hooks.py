@@ -188,6 +188,7 @@ def repeatable_precise_bn(
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATALOADER.NUM_WORKERS = 0  # as detectron2 does
+    cfg.DATALOADER.CACHE = "off"  # one beside that of the training
     cfg.KD.UNLABELED.DATASETS = ()  # the plain student takes labelled images
     # not the trainer's seed, which a resume may still change
     loader = build_loader(cfg, seed=max(cfg.SEED, 0))
