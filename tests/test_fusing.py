@@ -6,14 +6,14 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
 from kd_models import build, tiny_cfg
 from torch import nn
 
-from projects.kd.fusing import _is_batch_norm, fuse_batch_norms
+from projects.kd.fusing import fuse_batch_norms, is_batch_norm
 
 
 def stirred(model, seed=0):
     """Norms with statistics and factors like trained ones."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        if _is_batch_norm(module):
+        if is_batch_norm(module):
             for name, low, high in (("weight", 0.5, 1.5), ("bias", -0.5, 0.5)):
                 value = getattr(module, name).data
                 value.copy_(torch.rand(value.shape, generator=generator) * (high - low) + low)
@@ -43,10 +43,10 @@ def test_every_norm_of_a_backbone_goes_and_its_features_stay(overrides):
     images = torch.rand(2, 3, 64, 96, dtype=torch.float64, generator=torch.manual_seed(1))
     with torch.no_grad():
         before = model.backbone(images)
-        norms = sum(map(_is_batch_norm, model.backbone.modules()))
+        norms = sum(map(is_batch_norm, model.backbone.modules()))
         assert fuse_batch_norms(model) == norms > 10
         after = model.backbone(images)
-    assert not any(map(_is_batch_norm, model.modules()))
+    assert not any(map(is_batch_norm, model.modules()))
     for name, level in before.items():
         torch.testing.assert_close(after[name], level, rtol=1e-9, atol=1e-9)
 
@@ -72,7 +72,7 @@ def test_a_convolution_that_others_read_keeps_its_norm():
         before = model.backbone(x)
         assert fuse_batch_norms(model.eval()) == 1
         torch.testing.assert_close(model.backbone(x), before, rtol=0, atol=1e-6)
-    assert _is_batch_norm(model.backbone.norm) and not _is_batch_norm(model.backbone.other)
+    assert is_batch_norm(model.backbone.norm) and not is_batch_norm(model.backbone.other)
 
 
 def test_training_mode_is_refused_and_other_norms_stay():

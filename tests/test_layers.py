@@ -19,7 +19,7 @@ LAYERS = (
     ("weights", "functional", "schedule", "balance"),
     ("predict", "data"),
     ("heads", "modeling", "evaluation"),
-    ("building", "foreign", "unlabelled"),
+    ("building", "foreign", "teacher_form", "unlabelled"),
     ("teacher",),
     ("teacher_link",),
     ("distiller",),

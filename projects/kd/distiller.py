@@ -39,7 +39,7 @@ from .modeling.narrow_maps import guard_narrow_maps
 from .schedule import Ramp, build_ramp
 from .taps import FeatureTaps
 from .teacher import Teacher, build_teacher
-from .teacher_link import TeacherLink, extra_taps
+from .teacher_link import TeacherLink, extra_taps, on_device
 from .unlabelled import check_heads, context_of, join, observe_unlabelled, parts_of
 
 
@@ -159,7 +159,7 @@ class DistillMetaArch(nn.Module):
 
         Examples marked ``unlabeled`` give no losses; see :mod:`.unlabelled`.
         """
-        parts = parts_of(batched_inputs)
+        parts = parts_of(on_device(batched_inputs, self.device))
         # first: a teacher's activations are gone before the student's are kept, and on a GPU its
         # kernels hide behind the student's host work
         with torch.profiler.record_function("kd/teacher"):

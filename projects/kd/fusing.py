@@ -39,12 +39,12 @@ def fuse_batch_norms(model: nn.Module) -> int:
     """
     number = 0
     for module in model.modules():
-        if isinstance(module, Conv2d) and _is_batch_norm(module.norm):
+        if isinstance(module, Conv2d) and is_batch_norm(module.norm):
             _fuse(module, module.norm)
             module.norm = None
             number += 1
     backbone = getattr(model, "backbone", None)
-    if backbone is None or not any(map(_is_batch_norm, backbone.modules())):
+    if backbone is None or not any(map(is_batch_norm, backbone.modules())):
         return number
     names = {module: name for name, module in backbone.named_modules()}
     for norm, conv in _pairs(backbone).items():
@@ -56,7 +56,8 @@ def fuse_batch_norms(model: nn.Module) -> int:
     return number
 
 
-def _is_batch_norm(module) -> bool:
+def is_batch_norm(module) -> bool:
+    """Whether a module is a batch norm with statistics, of torch, detectron2 or timm."""
     if isinstance(module, _FROZEN):
         return True
     known = isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))
@@ -111,7 +112,7 @@ def _pairs(backbone: nn.Module) -> dict[nn.Module, nn.Conv2d]:
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):
             handles.append(module.register_forward_hook(after))
-        elif _is_batch_norm(module):
+        elif is_batch_norm(module):
             handles.append(module.register_forward_pre_hook(before))
     parameter = next(backbone.parameters())
     try:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import ImageList
 from torch import nn
@@ -28,6 +27,7 @@ from .modeling.class_layers import map_classes
 from .modeling.narrow_maps import guard_narrow_maps
 from .shared_classes import SharedClasses
 from .taps import FeatureTaps, TapSpec, run_tapped
+from .teacher_form import TeacherForm, choose_form
 from .weights.files import modules_in
 from .weights.loading import load_weights
 
@@ -52,6 +52,7 @@ class Teacher:
         source: config and weights, for ``repr``.
         dtype: "auto" (the step's precision), "float32", "bfloat16" or "float16".
         channels_last: run its convolutions in channels-last memory format.
+        fuse: run its backbone with batch norms in the convolutions, where that gives the same.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Teacher:
         source: str = "",
         dtype: str = "auto",
         channels_last: bool = False,
+        fuse: bool = True,
     ):
         self.model = guard_narrow_maps(model).eval().requires_grad_(False)
         self.input_format = input_format
@@ -76,7 +78,11 @@ class Teacher:
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         if channels_last:
             self.model.backbone.to(memory_format=torch.channels_last)
+        self.fuse = fuse
         self.taps: FeatureTaps | None = None
+        self._levels: frozenset[str] | None = None
+        self._compiled = False
+        self.form = TeacherForm(model.backbone)
 
     def __deepcopy__(self, memo):
         return self  # a copy of the student must not copy the teacher
@@ -99,8 +105,16 @@ class Teacher:
         names: Iterable[str],
         compile_backbone: bool = False,
         extra: Mapping[str, TapSpec] | None = None,
+        levels: Iterable[str] | None = None,
     ) -> None:
         """Place hooks for the registered taps that the heads read, and for ``extra`` ones.
+
+        Args:
+            names: of the taps.
+            compile_backbone: see KD.TEACHER.COMPILE.
+            extra: further taps.
+            levels: of the backbone that heads read; others may be missing among the features.
+                None = all.
 
         Raises:
             ConfigError: a tap inside a backbone that is to be compiled (inner hooks do not fire).
@@ -114,7 +128,15 @@ class Teacher:
                     f"KD.TEACHER.COMPILE: tap {', '.join(inner)} lies inside the compiled "
                     "backbone; set it to False for these heads"
                 )
-            self.model.backbone.compile(dynamic=True)
+        self._levels = None if levels is None else frozenset(levels)
+        self._compiled = compile_backbone
+        self._take_form()
+
+    def _take_form(self) -> None:
+        side = max(64, *self.own_canvas((64, 64)))
+        self.form = choose_form(self.model, self.taps.specs, self._levels, self.fuse, side)
+        if self._compiled:
+            self.form.backbone.compile(dynamic=True)
 
     @property
     def size_divisibility(self) -> int:
@@ -141,13 +163,17 @@ class Teacher:
         """
         mean, std = self.model.pixel_mean, self.model.pixel_std
         flip = image_format != self.input_format
-        padded = []
-        for image in images:
+        shape = len(images), max(mean.numel(), images[0].shape[0]), *canvas
+        fills = all(tuple(image.shape[-2:]) == tuple(canvas) for image in images)
+        batch = torch.empty(shape, dtype=mean.dtype, device=mean.device)
+        batch = batch.contiguous(memory_format=self.memory_format)
+        if not fills:
+            batch.zero_()
+        for image, own in zip(images, batch, strict=True):
             image = image.to(mean.device, non_blocking=True)
-            image = ((image.flip(0) if flip else image) - mean) / std
-            bottom, right = canvas[0] - image.shape[1], canvas[1] - image.shape[2]
-            padded.append(F.pad(image, (0, right, 0, bottom)) if bottom or right else image)
-        return torch.stack(padded).contiguous(memory_format=self.memory_format)
+            place = own[:, : image.shape[1], : image.shape[2]]
+            torch.sub(image.flip(0) if flip else image, mean, out=place).div_(std)
+        return batch
 
     @torch.no_grad()  # never inference_mode: its tensors cannot take part in the student's graph
     def observe(
@@ -165,6 +191,8 @@ class Teacher:
             Tap name to its value; ``features`` is a dict of level to (N, C, H, W).
         """
         assert not self.model.training, "the teacher left eval mode"
+        if self.form.is_stale():
+            self._take_form()
         padded = self.own_canvas(canvas)
         with record_function("kd/teacher/preprocess"):
             tensor = self.preprocess(images, padded, image_format)
@@ -172,13 +200,14 @@ class Teacher:
         try:
             with self.taps.record(), self._precision(tensor.device.type):
                 with record_function("kd/teacher/backbone"):
-                    features = self.model.backbone(tensor)
+                    features = self.form.only_read(self.form.backbone(tensor))
                 inside = {} if padded == canvas else self._cut_taps(features, canvas)
                 features = inside.get("features", features)
                 seen = ImageList(tensor[..., : canvas[0], : canvas[1]], sizes)
                 with record_function("kd/teacher/head"):
                     run_tapped(self.model, self.taps.specs.values(), features, seen)
-            return {name: inside.get(name, self.taps[name]) for name in self.taps.specs}
+            found = {name: inside.get(name, self.taps[name]) for name in self.taps.specs}
+            return {**found, "features": features} if "features" in found else found
         finally:
             self.taps.clear()
 
@@ -236,6 +265,7 @@ def build_teacher(cfg) -> Teacher:
         source=f"config {node.CONFIG_FILE}, weights {weights or 'random'}",
         dtype=node.DTYPE,
         channels_last=node.CHANNELS_LAST,
+        fuse=node.FUSE,
     )
     logger.info("%r", teacher)
     return teacher

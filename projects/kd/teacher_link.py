@@ -14,6 +14,8 @@ from .levels import scaled_divisibility, scaled_size
 from .taps import TapSpec
 from .teacher import Teacher
 
+_IMAGES = ("image", "image_teacher")
+
 
 @dataclass
 class TeacherLink:
@@ -56,11 +58,18 @@ class TeacherLink:
         """
         own = {name: heads[name] for name in self.heads}
         needed = {"features"}.union(*(head.requires for head in own.values()))
-        self.teacher.tap(needed, self.compiled, extra_taps(own, "teacher"))
+        self.teacher.tap(needed, self.compiled, extra_taps(own, "teacher"), self._read(own))
         theirs = self.teacher.model.backbone.output_shape()
         self.strides = {ours: theirs[x].stride for ours, x in self.level_map.items()}
         strides = {x: (student_strides[x], self.strides[x]) for x in self.level_map}
         return scaled_divisibility(self.scale, strides, self.teacher.size_divisibility)
+
+    def _read(self, heads: Mapping[str, nn.Module]) -> set[str] | None:
+        """Levels of the teacher that some head reads; None = all."""
+        read = [head.teacher_levels() for head in heads.values()]
+        if None in read:
+            return None
+        return {self.level_map.get(level, level) for levels in read for level in levels}
 
     def images(self, batch: Sequence[dict]) -> list[torch.Tensor]:
         """Per image what the teacher sees, (3, H, W): ``image`` at scale 1, else ``image_teacher``.
@@ -99,7 +108,9 @@ class TeacherLink:
         """
         features = seen.pop("features")
         return {
-            "teacher_features": {ours: features[x] for ours, x in self.level_map.items()},
+            "teacher_features": {
+                ours: features[x] for ours, x in self.level_map.items() if x in features
+            },
             "teacher_outputs": seen,
             "teacher_scale": self.scale,
             "teacher_image_sizes": [scaled_size(size, self.scale) for size in sizes],
@@ -128,3 +139,11 @@ def extra_taps(heads: Mapping[str, nn.Module], side: str) -> dict[str, TapSpec]:
             if found.setdefault(tap, spec) != spec:
                 raise ConfigError(f"KD.HEADS: {name} and another head tap different {tap}")
     return found
+
+
+def on_device(batch: list[dict], device: torch.device) -> list[dict]:
+    """The batch with its images on a device, so that student and teacher need one copy."""
+    return [
+        {k: v.to(device, non_blocking=True) if k in _IMAGES else v for k, v in x.items()}
+        for x in batch
+    ]

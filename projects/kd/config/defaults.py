@@ -154,6 +154,10 @@ def _add_distillation_keys(cfg: CN) -> None:
     teacher.DTYPE = "auto"
     # Run the teacher's convolutions in channels-last memory format.
     teacher.CHANNELS_LAST = False
+    # Run its backbone with batch norms (frozen or not) as part of the convolutions before them. The
+    # result is compared with the plain form when training starts; where it differs by more than
+    # 1e-5 of the largest value, or a head reads a norm, they stay. False = they stay anyway.
+    teacher.FUSE = True
     # torch.compile the teacher's backbone (static weights; image sizes may vary).
     teacher.COMPILE = False
 

@@ -314,6 +314,7 @@ _REST: dict[str, Rule] = {
     "KD.BALANCE.BOUND": number(1),
     "KD.TEACHER.INPUT_SCALE": POSITIVE,
     "KD.TEACHER.DTYPE": one_of("auto", *DTYPES),
+    "KD.TEACHER.FUSE": FLAG,
     "KD.TEACHER.CLASS_MAP": either(listed(entry(_CLASS, _CLASS)), ["by_name"], words="by_name"),
     "KD.ADAPTER.TYPE": one_of(*ADAPTER_TYPES),
     "KD.ADAPTER.LR_FACTOR": number(0),

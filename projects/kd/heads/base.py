@@ -101,7 +101,16 @@ class ImitationHead(nn.Module):
 
         The features of all paired levels, unless a head reads maps that lie deeper in the student.
         """
-        return [ctx.student_features[level] for level in ctx.teacher_features]
+        paired = ctx.teacher_strides or ctx.teacher_features
+        return [ctx.student_features[level] for level in paired]
+
+    def teacher_levels(self) -> tuple[str, ...] | None:
+        """Levels that it reads of ``ctx.teacher_features``, under the student's names.
+
+        None, as here, means all of them. What no head reads need not be computed, and may be
+        missing in the context. Other taps are not meant.
+        """
+        return None
 
     def aux_parameters(self) -> Iterable[nn.Parameter]:
         """Parameters for an optimizer of the head's own, set in ``KD.<HEAD>.OPTIMIZER``."""

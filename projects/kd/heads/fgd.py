@@ -128,6 +128,10 @@ class FGD(ImitationHead):
             for _ in range(2)
         )
 
+    def teacher_levels(self) -> tuple[str, ...]:
+        """See the base class."""
+        return self.levels
+
     @classmethod
     def from_config(cls, cfg, student, teacher):
         """Read KD.FGD."""

@@ -89,6 +89,10 @@ class FGFI(ImitationHead):
         self.grid_anchors = copy.deepcopy(anchors) if regular else None
         self._other_anchors = () if regular else (anchors,)
 
+    def teacher_levels(self) -> tuple[str, ...]:
+        """See the base class."""
+        return self.levels
+
     @classmethod
     def from_config(cls, cfg, student, teacher):
         """Read KD.FGFI."""

@@ -139,6 +139,10 @@ class ICD(ImitationHead):
         self.register_buffer("mean_size", torch.as_tensor(priors.mean).float(), persistent=False)
         self.register_buffer("size_spread", torch.as_tensor(priors.std).float(), persistent=False)
 
+    def teacher_levels(self) -> tuple[str, ...]:
+        """See the base class."""
+        return self.levels
+
     @classmethod
     def from_config(cls, cfg, student, teacher):
         """Read KD.ICD."""

@@ -40,6 +40,10 @@ class Mimic(ImitationHead):
         self.mask = mask
         self.needs_boxes = mask == "gt_box"
 
+    def teacher_levels(self) -> tuple[str, ...]:
+        """See the base class."""
+        return self.levels
+
     @classmethod
     def from_config(cls, cfg, student, teacher):
         """Read KD.MIMIC."""

@@ -34,6 +34,10 @@ class PKD(ImitationHead):
         super().__init__(**base)
         self.adapters = adapters
 
+    def teacher_levels(self) -> tuple[str, ...]:
+        """See the base class."""
+        return self.levels
+
     @classmethod
     def from_config(cls, cfg, student, teacher):
         """Read KD.PKD."""

@@ -99,6 +99,10 @@ class ReviewKD(ImitationHead):
         super().__init__(**base)
         self.fusions = fusions
 
+    def teacher_levels(self) -> tuple[str, ...]:
+        """See the base class."""
+        return self.levels
+
     @classmethod
     def from_config(cls, cfg, student, teacher):
         """Read KD.REVIEWKD."""

@@ -124,6 +124,10 @@ class SDF(ImitationHead):
         self.share = ModuleShare(self._modules_in_use())
         self._warned = False
 
+    def teacher_levels(self) -> tuple[str, ...]:
+        """See the base class."""
+        return ()  # it reads stages
+
     @classmethod
     def from_config(cls, cfg, student, teacher):
         """Read KD.SDF."""

@@ -105,6 +105,10 @@ class MapImitation(ImitationHead):
             kwargs["adapters"] = _adapters(cfg, key, target, levels, student, teacher)
         return kwargs
 
+    def teacher_levels(self) -> tuple[str, ...] | None:
+        """See the base class."""
+        return self.levels if self.target == "features" else None
+
     def maps(self, ctx: DistillContext) -> Iterator[tuple]:
         """Per level (once for a target without levels) what :meth:`ImitationHead.pair` gives."""
         if self.target in _BY_LEVEL:
