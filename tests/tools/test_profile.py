@@ -11,7 +11,8 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from projects.kd import ConfigError
+from projects.kd import ConfigError, build_training_model, load_config
+from projects.kd.analysis.benchmark import without_weights
 from projects.kd.analysis.flame import flame_svg
 from projects.kd.analysis.shares import label, marked, shares_of
 from projects.kd.commands.benchmark import PARTS as BENCHMARK
@@ -189,3 +190,17 @@ def test_turns_refuses_what_is_no_variant(config):
     plain = ["KD.META_ARCHITECTURE", "", "KD.HEADS", "()"]
     with pytest.raises(ConfigError, match="--teacher: KD.META_ARCHITECTURE is empty"):
         BENCHMARK.call([*words[:3], "--teacher", "--size", "64x64", "--variant", *plain])
+
+
+def test_gradients_are_those_of_all_trained_parameters(config, capsys):
+    words = ["gradients", "--config-file", config, "--processes", 2, 8, "--gigabytes", 2]
+    report = BENCHMARK.call(words)
+    model = build_training_model(without_weights(load_config(config)))
+    expected = {"student": model.student, **{f"head {k}": v for k, v in model.heads.items()}}
+    for name, part in expected.items():
+        count = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        assert report["parameters"][name] == count, name
+    total = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert report["exchange"][2] == {"bytes": total, "seconds": total / 2e9}
+    assert report["exchange"][8]["bytes"] == pytest.approx(total * 1.75)
+    assert "together" in capsys.readouterr().out

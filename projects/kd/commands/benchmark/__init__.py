@@ -15,6 +15,7 @@ PARTS = Parts(
     {
         "profile": ("profile", "the share of each part of a training, as a table and a picture"),
         "turns": ("turns", "steps with other settings in turns: what a setting gives"),
+        "gradients": ("gradients", "bytes that several processes exchange in a step"),
         "step": (_STEP, "a distillation step against student step and teacher's forward pass"),
         "heads": (_STEP, "each imitation head alone: loss and gradient"),
         "teacher": (_STEP, "the teacher's input and forward pass"),
