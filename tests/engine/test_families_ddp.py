@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from family_worker import CONFIGS, ROOT, SIZES, run_rank
+from family_worker import CONFIGS, MIXED, ROOT, SIZES, run_rank
 from torch.multiprocessing import spawn
 
 from projects.kd import load_config
@@ -20,7 +20,7 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(len(SIZES))]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", (*CONFIGS, MIXED))
 def test_gradients_are_the_mean_and_weights_stay_equal(ranks, name):
     for seen in (rank[name] for rank in ranks):
         assert seen["same"] and seen["learnt"] > 1e-4

@@ -31,6 +31,7 @@ CONFIGS = (
     "Cityscapes/PSPNet_MobileNetV2",
     "Cityscapes/DeepLabV3plus_R18",
 )
+MIXED = "shapes/retinanet_student_cwd, unlabelled"  # beside another image, without labels
 SIZES = (((64, 96),), ((96, 64),))  # of each rank's image
 CROP = (64, 64)
 
@@ -70,11 +71,14 @@ def mean_over_ranks(gradient, parameter):
 def two_steps(name: str, folder: str) -> dict:
     """What there is to compare of a config."""
     torch.manual_seed(comm.get_rank())  # DDP has to make the weights equal
-    cfg = config(name, folder)
+    cfg = config(name.partition(",")[0], folder)
     loop = DistillTrainer(cfg)._trainer
     # these train on crops of one size, and their BatchNorm on a 1x1 grid needs two
     sizes = (CROP, CROP) if name.startswith("Cityscapes") else SIZES[comm.get_rank()]
     batch = full_batch(sizes, seed=comm.get_rank())
+    if name == MIXED:
+        image = full_batch(SIZES[1 - comm.get_rank()], seed=7 + comm.get_rank())[0]["image"]
+        batch.append({"image": image, "unlabeled": True})
     loop.clips = {}  # they would change the gradients that are compared
     loop.data_loader = itertools.repeat(batch)
     loop.distribute(functools.partial(wrap_ddp, cfg))
@@ -114,6 +118,6 @@ def run_rank(rank: int, folder: str) -> None:
     address = "file://" + os.path.join(folder, "rendezvous")
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=len(SIZES))
     comm.create_local_process_group(len(SIZES))
-    seen = {name: two_steps(name, folder) for name in CONFIGS}
+    seen = {name: two_steps(name, folder) for name in (*CONFIGS, MIXED)}
     torch.save(seen, os.path.join(folder, f"rank{rank}.pt"))
     dist.destroy_process_group()
