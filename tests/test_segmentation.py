@@ -92,7 +92,7 @@ def test_taps_are_the_logits_and_what_the_last_layer_reads(network):
 def kd_models_teacher(model):
     from projects.kd import Teacher
 
-    teacher = Teacher(model)
+    teacher = Teacher(model, fuse=False)
     teacher.tap({"features", "sem_seg", "decoder"})
     return teacher
 

@@ -159,7 +159,8 @@ class DistillMetaArch(nn.Module):
 
         Examples marked ``unlabeled`` give no losses; see :mod:`.unlabelled`.
         """
-        parts = parts_of(on_device(batched_inputs, self.device))
+        place = next(self.student.parameters()).device
+        parts = parts_of(on_device(batched_inputs, place))
         # first: a teacher's activations are gone before the student's are kept, and on a GPU its
         # kernels hide behind the student's host work
         with torch.profiler.record_function("kd/teacher"):

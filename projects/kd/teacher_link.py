@@ -66,7 +66,7 @@ class TeacherLink:
 
     def _read(self, heads: Mapping[str, nn.Module]) -> set[str] | None:
         """Levels of the teacher that some head reads; None = all."""
-        read = [head.teacher_levels() for head in heads.values()]
+        read = [head.reads_of_teacher() for head in heads.values()]
         if None in read:
             return None
         return {self.level_map.get(level, level) for levels in read for level in levels}
@@ -142,7 +142,12 @@ def extra_taps(heads: Mapping[str, nn.Module], side: str) -> dict[str, TapSpec]:
 
 
 def on_device(batch: list[dict], device: torch.device) -> list[dict]:
-    """The batch with its images on a device, so that student and teacher need one copy."""
+    """The batch with its images on a device, so that student and teacher need one copy.
+
+    Where they are there already it is the batch itself.
+    """
+    if all(x[k].device == device for x in batch for k in _IMAGES if k in x):
+        return batch
     return [
         {k: v.to(device, non_blocking=True) if k in _IMAGES else v for k, v in x.items()}
         for x in batch

@@ -104,7 +104,7 @@ class ImitationHead(nn.Module):
         paired = ctx.teacher_strides or ctx.teacher_features
         return [ctx.student_features[level] for level in paired]
 
-    def teacher_levels(self) -> tuple[str, ...] | None:
+    def reads_of_teacher(self) -> tuple[str, ...] | None:
         """Levels that it reads of ``ctx.teacher_features``, under the student's names.
 
         None, as here, means all of them. What no head reads need not be computed, and may be

@@ -128,7 +128,7 @@ class FGD(ImitationHead):
             for _ in range(2)
         )
 
-    def teacher_levels(self) -> tuple[str, ...]:
+    def reads_of_teacher(self) -> tuple[str, ...]:
         """See the base class."""
         return self.levels
 

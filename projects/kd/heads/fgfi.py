@@ -89,7 +89,7 @@ class FGFI(ImitationHead):
         self.grid_anchors = copy.deepcopy(anchors) if regular else None
         self._other_anchors = () if regular else (anchors,)
 
-    def teacher_levels(self) -> tuple[str, ...]:
+    def reads_of_teacher(self) -> tuple[str, ...]:
         """See the base class."""
         return self.levels
 

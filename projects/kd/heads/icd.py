@@ -139,7 +139,7 @@ class ICD(ImitationHead):
         self.register_buffer("mean_size", torch.as_tensor(priors.mean).float(), persistent=False)
         self.register_buffer("size_spread", torch.as_tensor(priors.std).float(), persistent=False)
 
-    def teacher_levels(self) -> tuple[str, ...]:
+    def reads_of_teacher(self) -> tuple[str, ...]:
         """See the base class."""
         return self.levels
 

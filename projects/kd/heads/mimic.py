@@ -40,7 +40,7 @@ class Mimic(ImitationHead):
         self.mask = mask
         self.needs_boxes = mask == "gt_box"
 
-    def teacher_levels(self) -> tuple[str, ...]:
+    def reads_of_teacher(self) -> tuple[str, ...]:
         """See the base class."""
         return self.levels
 

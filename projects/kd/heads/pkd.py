@@ -34,7 +34,7 @@ class PKD(ImitationHead):
         super().__init__(**base)
         self.adapters = adapters
 
-    def teacher_levels(self) -> tuple[str, ...]:
+    def reads_of_teacher(self) -> tuple[str, ...]:
         """See the base class."""
         return self.levels
 

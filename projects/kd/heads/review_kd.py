@@ -99,7 +99,7 @@ class ReviewKD(ImitationHead):
         super().__init__(**base)
         self.fusions = fusions
 
-    def teacher_levels(self) -> tuple[str, ...]:
+    def reads_of_teacher(self) -> tuple[str, ...]:
         """See the base class."""
         return self.levels
 

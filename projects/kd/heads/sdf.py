@@ -124,7 +124,7 @@ class SDF(ImitationHead):
         self.share = ModuleShare(self._modules_in_use())
         self._warned = False
 
-    def teacher_levels(self) -> tuple[str, ...]:
+    def reads_of_teacher(self) -> tuple[str, ...]:
         """See the base class."""
         return ()  # it reads stages
 

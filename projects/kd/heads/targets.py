@@ -105,7 +105,7 @@ class MapImitation(ImitationHead):
             kwargs["adapters"] = _adapters(cfg, key, target, levels, student, teacher)
         return kwargs
 
-    def teacher_levels(self) -> tuple[str, ...] | None:
+    def reads_of_teacher(self) -> tuple[str, ...] | None:
         """See the base class."""
         return self.levels if self.target == "features" else None
 
