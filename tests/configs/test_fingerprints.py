@@ -98,7 +98,7 @@ def test_rows_keep_their_values(suite, monkeypatch):
 def test_a_method_adds_its_values_and_no_more_files():
     """What a method's file and a suite say is not written again: elsewhere files stay as few."""
     paths = list((ROOT / "configs").rglob("*.yaml"))
-    assert len([path for path in paths if path.parent.name != "methods"]) <= 166
+    assert len([path for path in paths if path.parent.name != "methods"]) <= 169
 
 
 if __name__ == "__main__":
