@@ -6,12 +6,13 @@ import os
 from collections.abc import Sequence
 
 from ..config import load_config
+from ..config.config_files import look_up
 from ..config.teachers import GROUP, config_of, teacher_names
 from ..errors import ConfigError
 from ..files import find_shipped
 from ..foreign import foreign_scheme
 from ..recipes.one_flag import recipe_config
-from .suite_file import ONCE, flat_opts
+from .suite_file import ONCE
 
 # keys of MODEL that say where and from what it is built, not what it is
 _NOT_OF_THE_MODEL = ("MODEL.WEIGHTS", "MODEL.DEVICE")
@@ -71,7 +72,7 @@ def teacher_opts(teacher: dict, suite: dict) -> list:
     file describes (MODEL.*, and INPUT.FORMAT for the order of channels); where the weights
     come from is left out, as the trained ones are read.
     """
-    opts = flat_opts([*suite.get("opts", []), *teacher.get("opts", [])])
+    opts = [*suite.get("opts", []), *teacher.get("opts", [])]
     if teacher["config"].endswith(".py"):
         return []
     pairs = zip(opts[::2], opts[1::2], strict=True)
@@ -80,17 +81,9 @@ def teacher_opts(teacher: dict, suite: dict) -> list:
     for key, value in pairs:
         if not key.startswith("MODEL.") and key != "INPUT.FORMAT" or key in _NOT_OF_THE_MODEL:
             continue
-        if str(_value(own, key)) != str(value):
+        if str(look_up(own, key)) != str(value):
             changed += [key, value]
     return changed
-
-
-def _value(cfg, key: str):
-    for name in key.split("."):
-        cfg = cfg.get(name, None)
-        if cfg is None:
-            return None
-    return cfg
 
 
 def _teacher_of(row: dict, teachers: Sequence[dict]) -> dict | None:

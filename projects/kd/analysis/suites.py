@@ -228,16 +228,18 @@ def make_runs(suite: dict, seeds: list[int], output: str, opts: list) -> list[Ru
         if is_trained_once(row):
             once[row["name"]] = Run(row, None, suite, output, *_start(row, once, opts))
     runs = list(once.values())
+    taught_by = {name for own in lessons.values() for name in own.values()}
+    changed = {name: teacher_opts(once[name].row, suite) for name in taught_by}
     for seed in seeds:
         for row in rows:
             if is_trained_once(row):
                 continue
             extra, needs = _start(row, once, opts)
+            said = [*suite.get("opts", []), *row.get("opts", [])]
             for node, name in lessons.get(row["name"], {}).items():
                 extra = [f"{node}.WEIGHTS", once[name].weights, *extra]
-                changed = teacher_opts(once[name].row, suite)
-                if changed and f"{node}.OPTS" not in [*suite.get("opts", []), *row.get("opts", [])]:
-                    extra = [f"{node}.OPTS", changed, *extra]
+                if changed[name] and f"{node}.OPTS" not in said:
+                    extra = [f"{node}.OPTS", changed[name], *extra]
                 needs = [once[name], *needs]
             runs.append(Run(row, seed, suite, output, extra, needs))
     return runs

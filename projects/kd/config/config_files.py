@@ -102,7 +102,7 @@ def check_keys(raw: CN, cfg: CN, path: str, prefix: str = "") -> None:
     """
     for key, value in raw.items():
         full = f"{prefix}{key}"
-        node = _lookup(cfg, full)
+        node = look_up(cfg, full, _MISSING)
         if node is _MISSING:
             if not cfg.key_is_deprecated(full) and not cfg.key_is_renamed(full):
                 raise ConfigError(f"{path}: {unknown_key(cfg, full)}")
@@ -123,7 +123,7 @@ def written_out(value):
 
 def check_override(key, value, cfg: CN, source: str) -> None:
     """ConfigError for an override that names no key, or a group of keys, or has no value."""
-    node = _lookup(cfg, key) if isinstance(key, str) else _MISSING
+    node = look_up(cfg, key, _MISSING) if isinstance(key, str) else _MISSING
     if node is _MISSING:
         raise ConfigError(f"{source}: {unknown_key(cfg, str(key))}")
     if isinstance(node, CN):
@@ -136,7 +136,7 @@ def unknown_key(cfg: CN, key: str) -> str:
     """What to say of a key that does not exist: the nearest in its group, or in another one."""
     known = list(_all_keys(cfg))
     group, dot, last = key.rpartition(".")
-    siblings = _lookup(cfg, group) if dot else cfg
+    siblings = look_up(cfg, group, _MISSING) if dot else cfg
     elsewhere = [name for name in known if name.rpartition(".")[2] == last.upper()]
     if 0 < len(elsewhere) <= 3:
         hint = did_you_mean(key, elsewhere, cutoff=0.0)
@@ -152,11 +152,12 @@ def unknown_key(cfg: CN, key: str) -> str:
 _MISSING = object()
 
 
-def _lookup(cfg: CN, key: str):
+def look_up(cfg: CN, key: str, default=None):
+    """What stands at a dotted key, ``default`` where there is no such key."""
     node = cfg
     for part in key.split("."):
         if not isinstance(node, CN) or part not in node:
-            return _MISSING
+            return default
         node = node[part]
     return node
 
