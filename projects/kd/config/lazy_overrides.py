@@ -10,6 +10,7 @@ from detectron2.config import LazyConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ..errors import ConfigError, did_you_mean
+from .config_files import look_up
 from .lazy_files import ACTING, ALIASES, LISTS, LazyNode, plain, project, select
 
 
@@ -81,7 +82,7 @@ def override(cfg: LazyNode, key: str, value, source: str) -> tuple[str, object] 
         ConfigError: a key that has no effect on a LazyConfig.
     """
     if key.startswith("kd."):
-        value, old = _hydra_value(key, value, source), _looked_up(cfg, key.upper())
+        value, old = _hydra_value(key, value, source), look_up(cfg, key.upper())
         return key.upper(), float(value) if isinstance(old, float) and type(value) is int else value
     if key in ALIASES:
         value = CN._decode_cfg_value(value)
@@ -100,13 +101,6 @@ def override(cfg: LazyNode, key: str, value, source: str) -> tuple[str, object] 
         )
     override_file(cfg, key, value, source)
     return None
-
-
-def _looked_up(cfg: CN, key: str):
-    node = cfg
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, CN) else None
-    return node
 
 
 def _hydra_value(key: str, value, source: str):
