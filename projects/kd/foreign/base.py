@@ -162,7 +162,7 @@ class ForeignBackbone(Backbone):
     Args:
         model: of the library; everything of it hangs below this module once.
         shapes: level to its channels and stride in pixels of the input, in the order of
-            :meth:`maps`.
+            :meth:`maps`. Channels that are None are those that :meth:`check` finds.
         multiple: of the input's sides; 0 = the least multiple of all strides, so that every level
             covers the input exactly. A pyramid that rounds its grids up, as detectron2's do, needs
             a smaller one only.
@@ -194,8 +194,8 @@ class ForeignBackbone(Backbone):
     def check(self, source: str) -> None:
         """ConfigError unless the maps of an image of zeros have the shapes that are said.
 
-        In eval mode and on the meta device, which computes nothing; a backbone whose model does not
-        run there overrides :meth:`probe`.
+        Channels that are not said are taken from the maps. In eval mode and on the meta device,
+        which computes nothing; a backbone whose model does not run there overrides :meth:`probe`.
         """
         size = (2 * self._multiple, 3 * self._multiple)
         size = tuple(side * -(-64 // side) for side in size)
@@ -209,13 +209,16 @@ class ForeignBackbone(Backbone):
                 f"({first_line(error)}); a teacher has to take the student's images"
             ) from error
         for name, shape in self._shapes.items():
-            wanted = (shape.channels, *(-(-side // shape.stride) for side in size))
-            if tuple(found[name].shape[1:]) != wanted:
+            given = tuple(found[name].shape[1:])
+            channels = given[0] if shape.channels is None else shape.channels
+            wanted = (channels, *(-(-side // shape.stride) for side in size))
+            if given != wanted:
                 raise ConfigError(
-                    f"{source}: of a {size[0]}x{size[1]} image {name} is "
-                    f"{tuple(found[name].shape[1:])} and not {wanted} (channels, height, width at "
-                    f"stride {shape.stride}), it cannot be laid over the student's maps"
+                    f"{source}: of a {size[0]}x{size[1]} image {name} is {given} and not {wanted} "
+                    f"(channels, height, width at stride {shape.stride}), it cannot be laid over "
+                    "the student's maps"
                 )
+            self._shapes[name] = ShapeSpec(channels=channels, stride=shape.stride)
 
     def probe(self, size: tuple[int, int]) -> dict[str, torch.Tensor]:
         """The maps of one image of ``size`` = (height, width), without values."""

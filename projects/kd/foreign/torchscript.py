@@ -41,11 +41,13 @@ class ScriptBackbone(ForeignBackbone):
     Args:
         program, shapes, multiple: see :class:`ForeignBackbone`.
         device: that the program was read onto.
+        path: the file that describes it, for messages.
+        weights: the file of the program, for messages.
     """
 
-    def __init__(self, program: nn.Module, shapes, multiple: int, device: str):
+    def __init__(self, program, shapes, multiple: int, *, device: str, path: str, weights: str):
         super().__init__(program, shapes, multiple)
-        self.probed_on = device
+        self.device, self.path, self.weights = device, path, weights
 
     def maps(self, images: torch.Tensor) -> Sequence[torch.Tensor]:
         """The program's outputs in the order of the levels."""
@@ -68,9 +70,27 @@ class ScriptBackbone(ForeignBackbone):
         return [as_map(x, images, s) for x, s in zip(outputs, strides, strict=True)]
 
     def probe(self, size):
-        """On the program's device: a program does not run on the meta device."""
-        with torch.no_grad():
-            return self(torch.zeros(1, 3, *size, device=self.probed_on))
+        """On the program's device: a program does not run on the meta device.
+
+        ConfigError names the file: what the outputs are not, or why the program does not run.
+        """
+        try:
+            with torch.no_grad():
+                found = self(torch.zeros(1, 3, *size, device=self.device))
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: {error}") from error
+        except Exception as error:  # of another device, for another size of image, ...
+            raise ConfigError(
+                f"KD.TEACHER.WEIGHTS: the program '{self.weights}' does not run with an image of "
+                f"{size[0]}x{size[1]} pixels on {self.device}, MODEL.DEVICE: {last_line(error)}; "
+                "export it for any size, and so that it runs on the device of its input"
+            ) from error
+        for name, value in found.items():
+            if value.ndim != 4:
+                raise ConfigError(
+                    f"{self.path}: OUTPUTS: {name} has the shape {tuple(value.shape)}, no map"
+                )
+        return found
 
 
 def as_map(output: torch.Tensor, images: torch.Tensor, stride: int) -> torch.Tensor:
@@ -99,25 +119,11 @@ def build(request: TeacherRequest) -> ForeignDetector:
     for parameter in program.parameters():
         parameter.requires_grad_(False)
     program.eval()
-    strides = {str(k): v for k, v in said["OUTPUTS"].items()}
-    shapes = {k: ShapeSpec(channels=1, stride=v) for k, v in strides.items()}
-    multiple = math.lcm(said["MULTIPLE_OF"], *strides.values())
-    backbone = ScriptBackbone(program, shapes, multiple, request.device)
-    size = [side * -(-64 // side) for side in 2 * [backbone.size_divisibility]]
-    try:
-        found = backbone.probe(size)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    except Exception as error:  # of another device, for another size of image, ...
-        raise ConfigError(
-            f"KD.TEACHER.WEIGHTS: the program '{weights}' does not run with an image of "
-            f"{size[0]}x{size[1]} pixels on {request.device}, MODEL.DEVICE: {last_line(error)}; "
-            "export it for any size, and so that it runs on the device of its input"
-        ) from error
-    for name, value in found.items():
-        if value.ndim != 4:
-            raise ConfigError(f"{path}: OUTPUTS: {name} has the shape {tuple(value.shape)}, no map")
-        backbone._shapes[name] = ShapeSpec(channels=value.shape[1], stride=strides[name])
+    shapes = {str(k): ShapeSpec(stride=v) for k, v in said["OUTPUTS"].items()}
+    multiple = math.lcm(said["MULTIPLE_OF"], *(shape.stride for shape in shapes.values()))
+    backbone = ScriptBackbone(
+        program, shapes, multiple, device=request.device, path=path, weights=weights
+    )
     return ForeignDetector(
         backbone,
         pixel_mean=said["PIXEL_MEAN"],
