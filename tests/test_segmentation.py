@@ -9,7 +9,7 @@ from segmentation import NETWORKS, label_batch, segmentor_cfg
 from projects.kd import ConfigError, DataError
 from projects.kd.detectors import taps_for
 from projects.kd.heads.base import head_class
-from projects.kd.teacher import build_teacher
+from projects.kd.teacher_building import build_teacher
 
 PAIRS = [
     ("AT", {}),

@@ -14,7 +14,8 @@ from .errors import ConfigError, DataError
 from .foreign import ForeignBackbone, ForeignDetector, register_teacher
 from .heads import IMITATION_HEAD_REGISTRY, ImitationHead, build_adapters
 from .taps import TapSpec
-from .teacher import Teacher, build_teacher
+from .teacher import Teacher
+from .teacher_building import build_teacher
 
 __all__ = [
     "IMITATION_HEAD_REGISTRY",

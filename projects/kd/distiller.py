@@ -30,16 +30,13 @@ from .data.unlabelled import FLAG
 from .detectors import padding_of, taps_for
 from .errors import ConfigError, DataError
 from .heads.base import build_imitation_heads
-from .levels import (
-    StudentPadding,
-    common_divisibility,
-    pair_levels,
-)
+from .levels import StudentPadding, common_divisibility, pair_levels
 from .modeling.narrow_maps import guard_narrow_maps
 from .schedule import Ramp, build_ramp
 from .taps import FeatureTaps
-from .teacher import Teacher, build_teacher
-from .teacher_link import TeacherLink, extra_taps, on_device
+from .teacher import Teacher
+from .teacher_building import build_teacher
+from .teacher_link import TeacherLink, extra_taps, on_device, with_digests
 from .unlabelled import check_heads, context_of, join, observe_unlabelled, parts_of
 
 
@@ -160,7 +157,7 @@ class DistillMetaArch(nn.Module):
         Examples marked ``unlabeled`` give no losses; see :mod:`.unlabelled`.
         """
         place = next(self.student.parameters()).device
-        parts = parts_of(on_device(batched_inputs, place))
+        parts = parts_of(on_device(with_digests(batched_inputs, self.links), place))
         # first: a teacher's activations are gone before the student's are kept, and on a GPU its
         # kernels hide behind the student's host work
         with torch.profiler.record_function("kd/teacher"):

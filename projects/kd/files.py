@@ -280,12 +280,17 @@ def replacing(path: str) -> Iterator[BinaryIO]:
         os.close(handle)
 
 
-def write_atomically(path: str, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never half."""
-    temporary = f"{path}.tmp{os.getpid()}"
-    with open(temporary, "w") as file:
-        file.write(text)
+def write_atomically(path: str, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half."""
+    temporary = partial_name(path)
+    with open(temporary, "wb" if isinstance(content, bytes) else "w") as file:
+        file.write(content)
     os.replace(temporary, path)
+
+
+def partial_name(path: str) -> str:
+    """Where :func:`write_atomically` writes first."""
+    return f"{path}.tmp{os.getpid()}"
 
 
 def writable_folder(path: str, key: str) -> str:

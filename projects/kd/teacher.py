@@ -1,37 +1,26 @@
-"""The frozen teacher: built from its own config, held outside of every module tree."""
+"""The frozen teacher, held outside of every module tree."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import ImageList
 from torch import nn
 from torch.profiler import record_function
 
-from .building import build_detector
-from .config import DTYPES, LazyNode, load_config
-from .config.key_checks import TEACHER_KEYS, check_each
+from .config import DTYPES
 from .context import ModelInfo
-from .data.register import names_by_kind
 from .detectors import taps_for
-from .errors import ConfigError, UserError, did_you_mean
-from .files import published_weights, resolve_config
-from .foreign import build_foreign, foreign_scheme
+from .errors import ConfigError
 from .levels import canvas_size, cut, needed_divisibility, square_side
-from .modeling.class_layers import map_classes
 from .modeling.narrow_maps import guard_narrow_maps
 from .shared_classes import SharedClasses
 from .taps import FeatureTaps, TapSpec, run_tapped
+from .teacher_cache import FeatureCache, digest, identity
 from .teacher_form import TeacherForm, choose_form
-from .weights.files import modules_in
-from .weights.loading import load_weights
-
-logger = logging.getLogger(__name__)
 
 
 class Teacher:
@@ -53,6 +42,7 @@ class Teacher:
         dtype: "auto" (the step's precision), "float32", "bfloat16" or "float16".
         channels_last: run its convolutions in channels-last memory format.
         fuse: run its backbone with batch norms in the convolutions, where that gives the same.
+        cache: of what its backbone gives, or None.
     """
 
     def __init__(
@@ -67,6 +57,7 @@ class Teacher:
         dtype: str = "auto",
         channels_last: bool = False,
         fuse: bool = True,
+        cache: FeatureCache | None = None,
     ):
         self.model = guard_narrow_maps(model).eval().requires_grad_(False)
         self.input_format = input_format
@@ -83,6 +74,8 @@ class Teacher:
         self._levels: frozenset[str] | None = None
         self._compiled = False
         self.form = TeacherForm(model.backbone)
+        self.cache = cache
+        self._identity = ""
 
     def __deepcopy__(self, memo):
         return self  # a copy of the student must not copy the teacher
@@ -121,12 +114,12 @@ class Teacher:
         """
         specs = {name: spec for name, spec in taps_for(self.model).items() if name in set(names)}
         self.taps = FeatureTaps(self.model, {**specs, **(extra or {})})
-        if compile_backbone:
-            inner = [name for name, path in self.taps.paths.items() if "backbone." in path]
-            if inner:
+        inner = [name for name, path in self.taps.paths.items() if "backbone." in path]
+        for key, used in (("COMPILE", compile_backbone), ("CACHE", self.cache is not None)):
+            if inner and used:
                 raise ConfigError(
-                    f"KD.TEACHER.COMPILE: tap {', '.join(inner)} lies inside the compiled "
-                    "backbone; set it to False for these heads"
+                    f"KD.TEACHER.{key}: tap {', '.join(inner)} lies inside the backbone, of which "
+                    "the output alone is there then; turn it off for these heads"
                 )
         self._levels = None if levels is None else frozenset(levels)
         self._compiled = compile_backbone
@@ -137,6 +130,9 @@ class Teacher:
         self.form = choose_form(self.model, self.taps.specs, self._levels, self.fuse, side)
         if self._compiled:
             self.form.backbone.compile(dynamic=True)
+        if self.cache is not None:
+            own = self.input_format, self.memory_format, self.form.text
+            self._identity = identity(self.model, *own)
 
     @property
     def size_divisibility(self) -> int:
@@ -177,7 +173,11 @@ class Teacher:
 
     @torch.no_grad()  # never inference_mode: its tensors cannot take part in the student's graph
     def observe(
-        self, images: list[torch.Tensor], canvas: tuple[int, int], image_format: str
+        self,
+        images: list[torch.Tensor],
+        canvas: tuple[int, int],
+        image_format: str,
+        digests: Sequence[str] = (),
     ) -> dict[str, Any]:
         """Run the teacher as far as the placed taps need it.
 
@@ -186,6 +186,7 @@ class Teacher:
 
         Args:
             images, canvas, image_format: see :meth:`preprocess`.
+            digests: of the images, for its cache; () = they are computed here.
 
         Returns:
             Tap name to its value; ``features`` is a dict of level to (N, C, H, W).
@@ -200,16 +201,33 @@ class Teacher:
         try:
             with self.taps.record(), self._precision(tensor.device.type):
                 with record_function("kd/teacher/backbone"):
-                    features = self.form.only_read(self.form.backbone(tensor))
+                    if self.cache is None:
+                        features = self._run_backbone(tensor)
+                    else:
+                        keys = self._keys(digests or map(digest, images), padded, image_format)
+                        features = self.cache.features(
+                            keys, lambda missing: self._run_backbone(tensor[missing])
+                        )
                 inside = {} if padded == canvas else self._cut_taps(features, canvas)
                 features = inside.get("features", features)
                 seen = ImageList(tensor[..., : canvas[0], : canvas[1]], sizes)
                 with record_function("kd/teacher/head"):
                     run_tapped(self.model, self.taps.specs.values(), features, seen)
-            found = {name: inside.get(name, self.taps[name]) for name in self.taps.specs}
-            return {**found, "features": features} if "features" in found else found
+            whole = {**inside, "features": features}
+            return {x: whole[x] if x in whole else self.taps[x] for x in self.taps.specs}
         finally:
             self.taps.clear()
+
+    def _run_backbone(self, tensor: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        return self.form.only_read(self.form.backbone(tensor))
+
+    def _keys(self, digests: Iterable[str], canvas: tuple[int, int], image_format: str):
+        """Of the images in the cache; for other precisions there are others."""
+        kind = self.model.pixel_mean.device.type
+        on = torch.is_autocast_enabled(kind)
+        precision = torch.get_autocast_dtype(kind) if on else torch.float32
+        common = f"{self._identity} {precision} {canvas} {image_format}"
+        return [digest(common, x) for x in digests]
 
     def _cut_taps(self, features: dict, canvas: tuple[int, int]) -> dict[str, Any]:
         """What was tapped inside the backbone, cut to the canvas."""
@@ -236,102 +254,3 @@ class Teacher:
         if dtype is torch.float32:
             return torch.autocast(device_type, enabled=False)
         return torch.autocast(device_type, dtype=dtype)
-
-
-def build_teacher(cfg) -> Teacher:
-    """Build KD.TEACHER with its weights on MODEL.DEVICE.
-
-    Args:
-        cfg: the student's config.
-
-    Raises:
-        ConfigError: config or weights missing, or parameters that the weights do not hold.
-    """
-    node = cfg.KD.TEACHER
-    if foreign_scheme(node.CONFIG_FILE):
-        model = build_foreign(node, cfg.MODEL.DEVICE, cfg.KD.ALLOW_PICKLE)
-        parts = model, None, model.input_format, model.weights, model.names
-    else:
-        parts = _build_from_file(cfg)
-    model, teacher_cfg, input_format, weights, names = parts
-    _check_formats(cfg.INPUT.FORMAT, input_format)
-    class_map = map_classes(cfg, model, names)
-    teacher = Teacher(
-        model,
-        input_format=input_format,
-        cfg=teacher_cfg,
-        names={**names, **class_map.names},
-        shared=class_map.shared,
-        source=f"config {node.CONFIG_FILE}, weights {weights or 'random'}",
-        dtype=node.DTYPE,
-        channels_last=node.CHANNELS_LAST,
-        fuse=node.FUSE,
-    )
-    logger.info("%r", teacher)
-    return teacher
-
-
-def _build_from_file(cfg):
-    """A detectron2 detector with its weights: (model, its config, image format, weights, names)."""
-    node = cfg.KD.TEACHER
-    path = resolve_config(node.CONFIG_FILE, "KD.TEACHER.CONFIG_FILE")
-    model, teacher_cfg, weights, input_format, datasets = build_from_config(cfg, path)
-    weights = node.WEIGHTS or published_weights(node.CONFIG_FILE, weights, node.OPTS)
-    if weights:
-        loaded = load_weights(model, weights, "KD.TEACHER.WEIGHTS", cfg.KD.ALLOW_PICKLE)
-        if loaded.missing and not node.ALLOW_MISSING:
-            raise ConfigError(
-                f"KD.TEACHER.WEIGHTS: '{weights}' lacks {len(loaded.missing)} of the "
-                f"{len(model.state_dict())} parameters and buffers of the teacher that "
-                f"KD.TEACHER.CONFIG_FILE describes: {modules_in(loaded.missing)}; {loaded}"
-            )
-    elif not node.ALLOW_MISSING:
-        raise ConfigError("KD.TEACHER.WEIGHTS is empty and the teacher's config names no weights")
-    return model, teacher_cfg, input_format, weights, _names(cfg, teacher_cfg, datasets)
-
-
-def _check_formats(ours: str, theirs: str) -> None:
-    """Channels can be swapped and grey be shown as a colour; nothing else is converted."""
-    colours = ("BGR", "RGB")
-    if ours != theirs and not (ours in (*colours, "L") and theirs in colours):
-        raise ConfigError(
-            f"INPUT.FORMAT is {ours}, and the teacher's is {theirs}: one image serves both, it can "
-            "be BGR or RGB on either side, L for the student of such a teacher, or the same"
-        )
-
-
-def build_from_config(cfg, path: str):
-    """A teacher from a YAML or a LazyConfig: (model, its config, weights, format, data sets)."""
-    try:
-        teacher_cfg = load_config(path, cfg.KD.TEACHER.OPTS, "KD.TEACHER.OPTS")
-    except ConfigError as error:
-        start = "" if str(error).startswith("KD.TEACHER") else "KD.TEACHER.CONFIG_FILE: "
-        raise ConfigError(f"{start}{error}") from error
-    teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
-    source = f"KD.TEACHER.CONFIG_FILE '{path}'"
-    source += " with KD.TEACHER.OPTS" if cfg.KD.TEACHER.OPTS else ""
-    arch = teacher_cfg.MODEL.META_ARCHITECTURE
-    if arch not in META_ARCH_REGISTRY and not isinstance(teacher_cfg, LazyNode):
-        raise ConfigError(
-            f"{source}: its MODEL.META_ARCHITECTURE '{arch}' is not registered (KD.IMPORTS)"
-            f"{did_you_mean(arch, (name for name, _ in META_ARCH_REGISTRY))}"
-        )
-    check_each(teacher_cfg, TEACHER_KEYS, source)
-    teacher_cfg.freeze()
-    model = build_detector(teacher_cfg, source)
-    weights = teacher_cfg.MODEL.WEIGHTS
-    return model, teacher_cfg, weights, teacher_cfg.INPUT.FORMAT, teacher_cfg.DATASETS.TRAIN
-
-
-def _names(cfg, teacher_cfg, datasets: Sequence[str]) -> dict[str, list[str]]:
-    """What the teacher learnt to find: :func:`names_by_kind` of the first of its data sets.
-
-    Its config's own KD.DATASETS come first: a name may stand for another file there.
-    """
-    if not datasets:
-        return {}
-    try:
-        return names_by_kind([c for c in (teacher_cfg, cfg) if c is not None], datasets[0])
-    except UserError as error:  # trained elsewhere: its data need not be here
-        logger.warning("KD.TEACHER.CONFIG_FILE: the teacher's classes are not known: %s", error)
-        return {}

@@ -13,8 +13,10 @@ from .errors import ConfigError, DataError
 from .levels import scaled_divisibility, scaled_size
 from .taps import TapSpec
 from .teacher import Teacher
+from .teacher_cache import digest
 
 _IMAGES = ("image", "image_teacher")
+_DIGESTS = "teacher_digests"  # of an example: by name of the teacher
 
 
 @dataclass
@@ -97,7 +99,8 @@ class TeacherLink:
     def observe(self, batch: Sequence[dict], canvas: tuple[int, int], image_format: str) -> dict:
         """Run the teacher on a batch; see :meth:`Teacher.observe`."""
         theirs = scaled_size(canvas, self.scale)
-        return self.teacher.observe(self.images(batch), theirs, image_format)
+        digests = [x[_DIGESTS][self.name] for x in batch if self.name in x.get(_DIGESTS, ())]
+        return self.teacher.observe(self.images(batch), theirs, image_format, digests)
 
     def fields(self, seen: dict[str, Any], sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Its fields of a :class:`~projects.kd.context.DistillContext`.
@@ -139,6 +142,20 @@ def extra_taps(heads: Mapping[str, nn.Module], side: str) -> dict[str, TapSpec]:
             if found.setdefault(tap, spec) != spec:
                 raise ConfigError(f"KD.HEADS: {name} and another head tap different {tap}")
     return found
+
+
+def with_digests(batch: list[dict], links: Sequence[TeacherLink]) -> list[dict]:
+    """The batch, and what teachers with a cache find its images by.
+
+    On a GPU it costs a wait to compute that of images that are there already.
+    """
+    seen = {link.name: link.images(batch) for link in links if link.teacher.cache is not None}
+    if not seen:
+        return batch
+    return [
+        {**x, _DIGESTS: {name: digest(images[n]) for name, images in seen.items()}}
+        for n, x in enumerate(batch)
+    ]
 
 
 def on_device(batch: list[dict], device: torch.device) -> list[dict]:

@@ -17,7 +17,7 @@ from projects.kd.errors import ConfigError
 from projects.kd.files import is_zoo_file, may_unpickle, resolve_weights
 from projects.kd.modeling.conditional_detr_weights import read_weights
 from projects.kd.modeling.timm_weights import load_timm_weights
-from projects.kd.teacher import build_teacher
+from projects.kd.teacher_building import build_teacher
 from projects.kd.weights.files import read_torch_file
 from projects.kd.weights.loading import load_detector
 

@@ -160,6 +160,14 @@ def _add_distillation_keys(cfg: CN) -> None:
     teacher.FUSE = True
     # torch.compile the teacher's backbone (static weights; image sizes may vary).
     teacher.COMPILE = False
+    # Keep what its backbone gives for an image, in 16 bits, and use it where the same pixels come
+    # again: "ram", or "disk" = files in CACHE_DIR, which later runs and other seeds use as well.
+    # "off" = computed each time. Refused with crops and sizes that are drawn anew each time.
+    teacher.CACHE = "off"
+    # At most so many MiB on this machine; what does not fit is computed each time.
+    teacher.CACHE_MB = 4096
+    # "" = "teacher_cache" in OUTPUT_DIR. One folder may serve many teachers and runs.
+    teacher.CACHE_DIR = ""
 
     # Several teachers in place of KD.TEACHER, each a node under a name of your choice with what
     # differs for it: the keys of KD.TEACHER, WEIGHT (a factor of its heads' losses), HEADS, LEVELS,

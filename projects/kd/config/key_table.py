@@ -315,6 +315,8 @@ _REST: dict[str, Rule] = {
     "KD.TEACHER.INPUT_SCALE": POSITIVE,
     "KD.TEACHER.DTYPE": one_of("auto", *DTYPES),
     "KD.TEACHER.FUSE": FLAG,
+    "KD.TEACHER.CACHE": one_of("off", "ram", "disk"),
+    "KD.TEACHER.CACHE_MB": COUNT,
     "KD.TEACHER.CLASS_MAP": either(listed(entry(_CLASS, _CLASS)), ["by_name"], words="by_name"),
     "KD.ADAPTER.TYPE": one_of(*ADAPTER_TYPES),
     "KD.ADAPTER.LR_FACTOR": number(0),

@@ -178,6 +178,11 @@ class TrainLoader:
     def __init__(self, batches: DataLoader):
         self.batches = batches
 
+    @property
+    def images(self) -> int:
+        """How many different ones there are."""
+        return len(self.batches.dataset)
+
     def __iter__(self) -> Iterator[list[dict]]:
         """Batches from the place where the sampler starts; each call starts there again.
 

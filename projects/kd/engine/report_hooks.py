@@ -10,6 +10,7 @@ from detectron2.engine import HookBase
 from ..config import LazyNode
 from ..config.teachers import config_of, module_name, teacher_names
 from .best import BestResult
+from .cache_report import CacheReport
 from .hooks import LossBalance, PeriodicWriter
 from .learning import LearningCheck
 from .progress import Progress
@@ -35,6 +36,7 @@ def report_hooks(
     heads = [module_name(name, head) for name in names for head in config_of(cfg, name).KD.HEADS]
     period = max(PERIOD, cfg.SOLVER.GATHER_METRIC_PERIOD)  # the losses are there by then
     found: list[HookBase] = [LossBalance(cfg.SOLVER.GATHER_METRIC_PERIOD)] if heads else []
+    found += [CacheReport(cfg, cfg.KD.LOG_PERIOD)] if heads else []
     found += [LearningCheck(cfg, starts_whole), Progress(heads, period, best)]
     writes = cfg.SOLVER.GATHER_METRIC_PERIOD if isinstance(cfg, LazyNode) else PERIOD
     return [*found, PeriodicWriter(make_writers, writes)]

@@ -25,7 +25,7 @@ from ..files import published_weights, resolve_config
 from ..foreign import build_foreign, foreign_scheme
 from ..heads.base import IMITATION_HEAD_REGISTRY, head_class
 from ..levels import default_levels, pair_levels
-from ..teacher import build_from_config
+from ..teacher_building import build_from_config
 from .methods import (
     SEGMENTATION,
     TWO_STAGE,
