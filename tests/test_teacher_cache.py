@@ -13,6 +13,7 @@ from kd_models import make_batch, tiny_cfg
 
 from projects.kd import ConfigError
 from projects.kd.config.key_checks import check_each
+from projects.kd.taps import TapSpec
 from projects.kd.teacher import Teacher
 from projects.kd.teacher_cache import (
     MIB,
@@ -261,10 +262,12 @@ def test_images_that_never_come_again_are_refused(overrides, words):
     check_cache(tiny_cfg(**overrides))
 
 
-def test_a_head_that_looks_into_the_backbone_is_refused(tmp_path):
-    overrides = {"KD__CWD__TARGET": "backbone"}
-    with pytest.raises(ConfigError, match=r"KD\.TEACHER\.CACHE: tap .* lies inside the backbone"):
-        wrapper_of(tmp_path, ("CWD",), "ram", **overrides)
+def test_a_tap_inside_the_backbone_is_refused():
+    inner = {"stem": TapSpec(("backbone.bottom_up",))}
+    model = kd_models.build(tiny_cfg())
+    with pytest.raises(ConfigError, match=r"KD\.TEACHER\.CACHE: tap stem lies inside the backbone"):
+        Teacher(model, cache=FeatureCache(MIB)).tap({"features"}, extra=inner)
+    Teacher(model).tap({"features"}, extra=inner)
 
 
 def test_wrong_values_and_folders_are_one_line(tmp_path):
