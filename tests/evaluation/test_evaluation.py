@@ -10,12 +10,14 @@ from detectron2.evaluation import DatasetEvaluators
 from evaluated_data import KEYPOINTS, SIZE, Oracle, config, make_data, predictions, run
 from PIL import Image
 
+from projects.kd.data.mapper import ImageMapper, NamedErrors
 from projects.kd.errors import ConfigError, DataError
 from projects.kd.evaluation import (
     build_evaluator,
     check_evaluation,
     evaluate,
 )
+from projects.kd.evaluation.batches import EqualBatches, build_test_loader
 
 
 @pytest.mark.parametrize(
@@ -92,6 +94,46 @@ def test_perfect_predictions_through_the_loader(tmp_path):
     with open(tmp_path / "out" / "inference" / "coco_instances_results.json") as stream:
         written = json.load(stream)
     assert {item["category_id"] for item in written} == {10, 20, 30}
+
+
+def test_images_in_batches_give_the_same_results(tmp_path):
+    dicts = make_data(tmp_path, "eval_batches", 5, images=5)
+    found = predictions(dicts, noise=5)
+    sizes, results = [], []
+    for images in (1, 2):
+        cfg = config("eval_batches", OUTPUT_DIR=str(tmp_path), TEST__IMS_PER_BATCH=images)
+        model = Oracle(found)
+        model.register_forward_pre_hook(lambda _, x: sizes.append(len(x[0])))
+        results.append(evaluate(cfg, model))
+    assert sizes == [1, 1, 1, 1, 1, 2, 2, 1]
+    assert results[0] == results[1] and 0 < results[0]["bbox"]["AP"] < 99
+
+
+def test_batches_hold_one_kind_and_every_image_once():
+    kinds = ["a", "b", "a", None, "a", "b", None, "a", "c"]
+    assert EqualBatches(range(9), kinds, 2).batches == [[0, 2], [1, 5], [3], [4, 7], [6], [8]]
+    assert EqualBatches([8, 4, 2, 0], kinds, 3).batches == [[8], [4, 2, 0]]
+    batches = EqualBatches([], kinds, 3)
+    assert list(batches) == [] and len(batches) == 0
+
+
+def test_batches_of_images_of_equal_size_after_resizing(tmp_path):
+    images = [(40, 60), (60, 40), (80, 120), (40, 60)]
+    for n, (height, width) in enumerate(images):
+        Image.new("RGB", (width, height)).save(tmp_path / f"{n}.png")
+    dicts = [
+        {"file_name": str(tmp_path / f"{n}.png"), "image_id": n, "height": h, "width": w}
+        for n, (h, w) in enumerate(images)
+    ]
+    DatasetCatalog.register("eval_sizes", lambda: dicts)
+    cfg = config("eval_sizes", TEST__IMS_PER_BATCH=8, INPUT__MIN_SIZE_TEST=32)
+    mapper = NamedErrors(ImageMapper(cfg, is_train=False))
+    batches = list(build_test_loader(cfg, "eval_sizes", mapper))
+    assert [[x["image_id"] for x in batch] for batch in batches] == [[0, 2, 3], [1]]
+    assert {tuple(x["image"].shape) for x in batches[0]} == {(3, 32, 48)}
+    # a mapper that is not ours: by the size of the file
+    batches = list(build_test_loader(cfg, "eval_sizes", lambda x: x))
+    assert [[x["image_id"] for x in batch] for batch in batches] == [[0, 3], [1], [2]]
 
 
 def test_several_data_sets_are_kept_apart(tmp_path):

@@ -280,6 +280,7 @@ _REST: dict[str, Rule] = {
     "TEST.BEST_METRIC": TEXT,
     "TEST.BEST_MODE": one_of("max", "min"),
     "TEST.PATIENCE": whole(),
+    "TEST.IMS_PER_BATCH": COUNT,
     "TEST.PICTURES.PERIOD": whole(),
     "TEST.PICTURES.COUNT": COUNT,
     "WRITERS.NAMES": listed(one_of("wandb", "mlflow"), once=True),

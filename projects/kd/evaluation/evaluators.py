@@ -10,11 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetCatalog,
-    MetadataCatalog,
-    build_detection_test_loader,
-)
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import (
     COCOPanopticEvaluator,
     DatasetEvaluators,
@@ -29,6 +25,7 @@ from ..detectors import class_names_of
 from ..errors import ConfigError
 from ..files import require_pickles
 from ..stopping import AgreeingEvaluator, UntilStopped
+from .batches import build_test_loader
 from .detection_evaluator import DetectionEvaluator
 from .lazy_evaluation import evaluate_lazy
 from .sem_seg_evaluator import SemanticEvaluator
@@ -92,7 +89,7 @@ def evaluate(
     results: OrderedDict = OrderedDict()
     for name in names:
         to_input = NamedErrors(mapper or ImageMapper(cfg, is_train=False))
-        loader = build_detection_test_loader(cfg, name, mapper=to_input)
+        loader = build_test_loader(cfg, name, to_input)
         own_folder = folder if len(names) == 1 else os.path.join(folder, name)
         evaluator = build_evaluator(cfg, name, own_folder)
         results[name] = inference_on_dataset(

@@ -1,4 +1,4 @@
-"""What evaluations lead to, and where their results go: TEST.BEST_METRIC, PICTURES, WRITERS."""
+"""What evaluations take and lead to, and where their results go: keys of TEST, and WRITERS."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..config import register_config
 
 @register_config
 def add_results_config(cfg: CfgNode) -> None:
-    """Add TEST.BEST_METRIC, BEST_MODE, PATIENCE and PICTURES, and WRITERS."""
+    """Add TEST.BEST_METRIC, BEST_MODE, PATIENCE, PICTURES and IMS_PER_BATCH, and WRITERS."""
     # Metric by which the weights of the best evaluation are kept as model_best.pth, e.g. "bbox/AP",
     # "segm/AP50", "sem_seg/mIoU"; with several data sets in DATASETS.TEST "<data set>/bbox/AP".
     # "" = they are not kept.
@@ -26,6 +26,9 @@ def add_results_config(cfg: CfgNode) -> None:
     cfg.TEST.PICTURES.PERIOD = 0
     # Images of the first data set in DATASETS.TEST that are shown, evenly spaced.
     cfg.TEST.PICTURES.COUNT = 4
+    # Images that a detector gets at once in evaluation, in each process. More are faster. Those of
+    # equal size are put together, so that results are the same but for rounding.
+    cfg.TEST.IMS_PER_BATCH = 1
     cfg.WRITERS = CN()
     # Where numbers and pictures go beside metrics.json and TensorBoard: "wandb", "mlflow". Account,
     # server and offline mode are set in their own environment variables.
