@@ -37,6 +37,17 @@ def test_actions_take_turns_and_only_rounds_after_warm_up_count():
     assert all(value >= 0 for values in seconds.values() for value in values)
 
 
+def test_seconds_are_those_of_the_given_clock():
+    now = [0.0]
+
+    def work(seconds):
+        now[0] += seconds
+
+    actions = {"a": lambda: work(2.0), "b": lambda: work(0.5)}
+    found = measure.interleave(actions, rounds=2, warm_up=0, clock=lambda: now[0])
+    assert found == {"a": [2.0, 2.0], "b": [0.5, 0.5]}
+
+
 def test_default_protocol(monkeypatch):
     calls = []
     measure.interleave({"a": lambda: calls.append(1)})

@@ -4,15 +4,17 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import foreign_models  # noqa: F401  # registers kd_tiny_vit16
 import kd_models
 import pytest
 import torch
 from torch import nn
 
 from projects.kd import ConfigError, build_teacher, check_config
-from projects.kd.analysis.benchmark import without_weights
+from projects.kd.analysis.benchmark import Bench, without_weights
 from projects.kd.commands.evaluate import teacher as evaluate_teacher
 from projects.kd.foreign import base
+from projects.kd.foreign.timm_teacher import PatchBackbone
 from projects.kd.recipes.one_flag import recipe_config
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs/guide/any_teacher.md"
@@ -112,6 +114,22 @@ def test_timing_needs_no_weights_of_them():
     cfg = without_weights(cfg_of("timm://resnet10t", KD__TEACHER__OPTS=["NORM", False]))
     assert cfg.KD.TEACHER.OPTS == ["NORM", False] and cfg.KD.TEACHER.ALLOW_MISSING
     assert type(build_teacher(cfg).model).__name__ == "ForeignDetector"
+
+
+def test_timing_runs_their_own_forward_once_a_step(monkeypatch):
+    """In the whole step and in what it is compared with, on the same images."""
+    ran, maps = [], PatchBackbone.maps
+    cfg = without_weights(cfg_of("timm://kd_tiny_vit16", heads=("DSI",)))
+    with kd_models.EventStorage(1):
+        bench = Bench(cfg, ("DSI",), (60, 90), 2)
+        monkeypatch.setattr(PatchBackbone, "maps", lambda self, x: ran.append(x) or maps(self, x))
+        for action in (bench.base(), bench.step(bench.model), bench.teacher):
+            action()
+        bench.step()()
+        bench.head("DSI")()
+    assert len(ran) == 3, "neither the student's step nor a head runs the teacher"
+    assert ran[0].shape == (1, 3, 64, 96)
+    assert torch.equal(ran[0], ran[1]) and torch.equal(ran[0], ran[2])
 
 
 def test_what_detects_nothing_cannot_be_evaluated():

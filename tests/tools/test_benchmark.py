@@ -9,6 +9,7 @@ from detectron2.utils.events import EventStorage
 from projects.kd import ConfigError, load_config
 from projects.kd.analysis.benchmark import Bench, loop_masks
 from projects.kd.commands.benchmark import PARTS as BENCHMARK
+from projects.kd.commands.benchmark import step
 
 
 def test_benchmark_measures_every_part(config, folder, capsys):
@@ -16,12 +17,14 @@ def test_benchmark_measures_every_part(config, folder, capsys):
     report = BENCHMARK.call(
         [
             *("all", "--config-file", config, "--size", "64x96", "--boxes", 3, "--rounds", 2),
+            *("--clock", "cpu"),
             *("--memory", "--memory-size", "64x64", "--mask-size", "60x90", "--mask-boxes", 7),
             *("--output", path),
         ]
     )
     saved = json.loads(path.read_text())
     assert saved["protocol"]["size"] == [64, 96] and saved["protocol"]["rounds"] == 2
+    assert saved["protocol"]["clock"] == "cpu"
     result = saved["results"]["student"]
     assert result == report["results"]["student"]
     assert set(result) == {"data", "teacher", "student", "heads", "step", "mask", "memory"}
@@ -98,7 +101,7 @@ def test_the_loop_over_boxes_selects_what_the_head_selects(config):
         )  # fp32 against fp64
 
 
-def test_benchmark_refuses_what_it_cannot_measure(config):
+def test_benchmark_refuses_what_it_cannot_measure(config, monkeypatch):
     words = ["step", "--config-file", config]
     with pytest.raises(ConfigError, match="KD.HEADS: no imitation head 'CDW'"):
         BENCHMARK.call([*words, "--heads", "CDW"])
@@ -106,5 +109,8 @@ def test_benchmark_refuses_what_it_cannot_measure(config):
         BENCHMARK.call([*words, "KD.META_ARCHITECTURE", ""])
     with pytest.raises(ConfigError, match="data: needs --config-file"):
         BENCHMARK.call(["data"])
+    with pytest.raises(ConfigError, match="--clock cpu: of --device cuda"):
+        monkeypatch.setattr(step, "require_device", lambda device: None)
+        BENCHMARK.call([*words, "--clock", "cpu", "--device", "cuda"])
     with pytest.raises(ConfigError, match="nothing to measure"):
         BENCHMARK.call(["mask", *words[1:], "--heads", "CWD"])

@@ -11,11 +11,12 @@ losses, backward and optimizer step. The ratio of a head is
 
     whole distillation step with this head / (student step + teacher's forward),
 
-the teacher run as far as the head reads it (its backbone, or its own head too), both on the same
-student. To CSA's denominator belongs one more pass of the student's detection head, forward and
-backward to its input, as no assistant can do without it. Memory is what tensors hold at once
-(allocator events, temporaries inside of operations included), counted once, at 800x1344, with
---memory. Run it on an idle machine.
+the teacher, of whatever library, run as far as the head reads it (its backbone, or its own head
+too), both on the same student. To CSA's denominator belongs one more pass of the student's
+detection head, forward and backward to its input, as no assistant can do without it. Memory is what
+tensors hold at once (allocator events, temporaries inside of operations included), counted once, at
+800x1344, with --memory. Run it on an idle machine, or with --clock cpu: that counts the seconds
+which this process computes in all its threads, and which other programs disturb less.
 
 Parts: data (the training loader of a --config-file), teacher (input and forward), student (step),
 heads (each alone: loss and its gradient at features and adapters), step (the ratio, for each head
@@ -32,6 +33,7 @@ import json
 import logging
 import os
 import platform
+import time
 
 import torch
 from detectron2.utils.events import EventStorage
@@ -57,6 +59,7 @@ from ...heads.base import head_class
 BUILT_IN = {"retinanet": "retinanet_R_50_FPN_1x", "faster_rcnn": "faster_rcnn_R_50_FPN_1x"}
 HEADS = ("FGFI", "CWD", "PKD")
 TASKS = ("data", "teacher", "student", "heads", "step", "mask")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def parse_arguments(argv=None):
@@ -74,6 +77,7 @@ def parse_arguments(argv=None):
     add("--mask-size", type=image_size(), default=(800, 1333), metavar="HxW")
     add("--mask-boxes", type=whole(), default=100)
     add("--threads", type=whole(), default=0, help="CPU threads; 0 = torch's choice")
+    add("--clock", choices=CLOCKS, default="wall", help="of all but the data")
     add("--device", default="cpu", help="cpu or cuda")
     add("--output", type=output_file, default="", help="JSON file")
     add("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE ...")
@@ -119,7 +123,8 @@ class Run:
         def tick():
             self.progress.tick(f"{self.name}: {label}")
 
-        return interleave(actions, bench.device, rounds=self.args.rounds, tick=tick)
+        clock = CLOCKS[self.args.clock]
+        return interleave(actions, bench.device, rounds=self.args.rounds, tick=tick, clock=clock)
 
     def _bench(self, heads=(), **kwargs):
         of_batch = {"boxes": self.args.boxes, "images": self.args.images}
@@ -294,6 +299,8 @@ def machine(args) -> dict:
 
 def main(args):
     require_device(args.device)
+    if args.clock == "cpu" and args.device != "cpu":
+        raise ConfigError(f"--clock cpu: of --device {args.device} it would count the waiting")
     if args.threads > 0:
         torch.set_num_threads(args.threads)
     if args.part == "data" and not args.config_file:
@@ -311,7 +318,17 @@ def main(args):
         for name, run in runs.items():
             for action, _ in run.plan():
                 results[name] |= action()
-    keys = ("size", "boxes", "images", "rounds", "memory_size", "mask_size", "mask_boxes", "opts")
+    keys = (
+        "size",
+        "boxes",
+        "images",
+        "rounds",
+        "clock",
+        "memory_size",
+        "mask_size",
+        "mask_boxes",
+        "opts",
+    )
     report = {
         "protocol": {"warm_up": WARM_UP, **{key: getattr(args, key) for key in keys}},
         "machine": machine(args),
