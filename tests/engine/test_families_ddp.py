@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from family_worker import CONFIGS, MIXED, ROOT, SIZES, run_rank
-from torch.multiprocessing import spawn
+from kd_processes import run_ranks
 
 from projects.kd import load_config
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ddp
 def ranks(tmp_path_factory):
     """Per rank: config to what it saw, from one start of two processes."""
     folder = tmp_path_factory.mktemp("families")
-    spawn(run_rank, args=(str(folder),), nprocs=len(SIZES))
+    run_ranks(run_rank, str(folder), count=len(SIZES))
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(len(SIZES))]
 
 

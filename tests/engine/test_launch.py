@@ -2,14 +2,13 @@
 
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import ddp_worker
 import pytest
 import torch
+from kd_processes import run_ranks
 
 from projects.kd.engine.launch import argument_parser, launch_training
 from projects.kd.errors import ConfigError, UserError
@@ -29,30 +28,8 @@ def free_port():
 
 
 def under_torchrun(task, folder):
-    """Two processes with the environment that torchrun gives; returns their outputs."""
-    port = str(free_port())
-    processes = []
-    for rank in range(2):
-        env = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        command = [sys.executable, str(Path(ddp_worker.__file__)), task, str(folder)]
-        processes.append(
-            subprocess.Popen(
-                command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
-        )
-    outputs = [process.communicate(timeout=240)[0].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    return outputs
+    """Two processes with the environment that torchrun gives."""
+    run_ranks(ddp_worker.under_torchrun, free_port(), task, str(folder))
 
 
 @pytest.fixture(scope="module")

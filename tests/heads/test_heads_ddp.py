@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from gradient_worker import CASES, SIZES, Step, batch_of, gradients, run_rank
-from torch.multiprocessing import spawn
+from kd_processes import run_ranks
 
 from projects.kd.heads import IMITATION_HEAD_REGISTRY
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.ddp
 def ranks(tmp_path_factory):
     """Per rank: case to gradients, from one start of two processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(run_rank, args=(str(folder),), nprocs=len(SIZES))
+    run_ranks(run_rank, str(folder), count=len(SIZES))
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(len(SIZES))]
 
 

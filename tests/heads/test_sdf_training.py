@@ -11,8 +11,8 @@ import toy_data
 from detectron2.utils.events import EventStorage
 from gradient_worker import SIZES, Step, batch_of
 from gradient_worker import Case as GradientCase
+from kd_processes import run_ranks
 from kd_runs import interrupt
-from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from projects.kd import evaluation
@@ -180,7 +180,7 @@ def average_on_rank(rank: int, folder: str) -> None:
 
 @pytest.mark.ddp
 def test_ranks_have_the_same_average(tmp_path):
-    spawn(average_on_rank, args=(str(tmp_path),), nprocs=len(SIZES))
+    run_ranks(average_on_rank, str(tmp_path), count=len(SIZES))
     one, other = (
         torch.load(tmp_path / f"head{rank}.pt", weights_only=True) for rank in range(len(SIZES))
     )

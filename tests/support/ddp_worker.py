@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from projects.kd.engine.launch import launch_training
 from projects.kd.engine.loop import TrainLoop
 from projects.kd.engine.optim import GradientClip
 from projects.kd.engine.processes import wrap_ddp
@@ -159,10 +160,16 @@ def train(folder: str) -> None:
     )
 
 
-if __name__ == "__main__":  # under torchrun's environment
-    from types import SimpleNamespace
-
-    from projects.kd.engine.launch import launch_training
-
+def under_torchrun(rank: int, port: int, task: str, folder: str) -> None:
+    """A process of two, as torchrun starts it."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     torch.set_num_threads(1)
-    launch_training(main, SimpleNamespace(task=sys.argv[1], folder=sys.argv[2]))
+    launch_training(main, SimpleNamespace(task=task, folder=folder))
