@@ -105,6 +105,18 @@ def _is_wrapper(name: str) -> bool:
     return isinstance(arch, type) and issubclass(arch, DistillMetaArch)
 
 
+def check_data_set(key: str, name: str) -> None:
+    """ConfigError, which names ``key``, for a data set that is unknown or lacks files."""
+    if name not in DatasetCatalog:
+        near = difflib.get_close_matches(name, list(DatasetCatalog), n=3, cutoff=0.4)
+        folder = ", and no such folder" if key == UNLABELLED else ""
+        raise ConfigError(
+            f"{key}: no data set '{name}' is registered{folder}; add it to KD.DATASETS"
+            + (f" or use {' or '.join(near)}" if near else "")
+        )
+    _check_files(key, name)
+
+
 def _check_datasets(cfg, training: bool) -> None:
     keys = {"DATASETS.TEST": cfg.DATASETS.TEST}
     if training:
@@ -115,16 +127,9 @@ def _check_datasets(cfg, training: bool) -> None:
         check_unlabelled(cfg)
     for key, names in keys.items():
         for name in names:
-            if name not in DatasetCatalog:
-                near = difflib.get_close_matches(name, list(DatasetCatalog), n=3, cutoff=0.4)
-                folder = ", and no such folder" if key == UNLABELLED else ""
-                raise ConfigError(
-                    f"{key}: no data set '{name}' is registered{folder}; add it to KD.DATASETS"
-                    + (f" or use {' or '.join(near)}" if near else "")
-                )
-            if key == "DATASETS.TEST" and base_of(name) != name:
+            if key == "DATASETS.TEST" and name in DatasetCatalog and base_of(name) != name:
                 raise ConfigError(f"{key}: '{name}' is a part of a data set: name the whole one")
-            _check_files(key, name)
+            check_data_set(key, name)
             if key != UNLABELLED:
                 _check_classes(cfg, name)
 

@@ -79,6 +79,12 @@ def disk_fault(error: BaseException | None) -> str | None:
     return None
 
 
+def one_line(error: BaseException, most: int = 240) -> str:
+    """What an exception of a library says, on one line and not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def require_one_of(key: str, value, allowed) -> None:
     """ConfigError unless ``value``, of the config key ``key``, is among the allowed ones."""
     if value not in allowed:

@@ -18,7 +18,7 @@ from detectron2.modeling import FPN
 from detectron2.modeling.backbone import ResNet
 from torch import nn
 
-from .errors import ConfigError
+from .errors import ConfigError, one_line
 from .fusing import fuse_batch_norms, is_batch_norm
 from .taps import FeatureTaps, TapSpec
 
@@ -146,8 +146,7 @@ def _checked(
 
 
 def _ending(error: Exception) -> str:
-    text = " ".join(str(error).split())[:200]
-    return f"a small image of noise ends in {type(error).__name__}: {text}"
+    return f"a small image of noise ends in {type(error).__name__}: {one_line(error)}"
 
 
 def _only_features(specs: Mapping[str, TapSpec]) -> bool:

@@ -14,9 +14,11 @@ from kd_models import build, write_config
 
 from projects.kd.analysis import latency
 from projects.kd.commands import demo, export, train
+from projects.kd.config import load_config
 from projects.kd.deploy.lower import lower
 from projects.kd.deploy.runtime import ExportedDetector
-from projects.kd.errors import ConfigError
+from projects.kd.deploy.use import exported_detector
+from projects.kd.errors import ConfigError, DataError
 
 DATA = "kd_test_export"
 
@@ -85,6 +87,15 @@ def test_a_file_is_checked_timed_evaluated_and_shown(run, tmp_path, capsys):
     assert len(exported) == len(own) > 0
     for one, other in zip(exported, own, strict=True):
         assert np.allclose(one["box"], other["box"], atol=0.02)
+    for key, value in (
+        ("TEST.AUG.ENABLED", "True"),
+        ("TEST.QUICK.FUSE_BN", "True"),
+        ("TEST.QUICK.DTYPE", "bfloat16"),
+        ("MODEL.META_ARCHITECTURE", "RetinaNet"),
+    ):
+        cfg = load_config(str(run / "config.yaml"), ["MODEL.WEIGHTS", str(path), key, value])
+        with pytest.raises(ConfigError, match=key):
+            exported_detector(cfg)
 
 
 def test_lower_precision(run, tmp_path):
@@ -147,6 +158,13 @@ def test_weights_of_another_config_and_data_without_images(run, tmp_path):
     args = export.parse_arguments(words(run, tmp_path / "a.ts"))
     with pytest.raises(ConfigError, match="DATASETS.TRAIN is empty: name a data set"):
         export.records_of(args, (), 4, "DATASETS.TRAIN")
+    with pytest.raises(ConfigError, match="DATASETS.TRAIN: no data set 'nowhere' is registered"):
+        export.records_of(args, ("nowhere",), 4, "DATASETS.TRAIN")
+    (tmp_path / "empty").mkdir()
+    args.images = [str(tmp_path / "empty")]
+    with pytest.raises(DataError, match="--images: no image .* in folder"):
+        export.records_of(args, (), 4, "DATASETS.TRAIN")
+    (tmp_path / "empty").rmdir()
     with pytest.raises(ConfigError, match="there is no .*config.yaml"):
         latency.named_run(f"plain={tmp_path}")
     assert list(tmp_path.iterdir()) == [tmp_path / "other.yaml"]

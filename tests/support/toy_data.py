@@ -72,6 +72,12 @@ class ToyBottomUp(Backbone):
 
 
 @BACKBONE_REGISTRY.register()
+def build_toy_backbone(cfg, input_shape):
+    """:class:`ToyBottomUp` alone."""
+    return ToyBottomUp()
+
+
+@BACKBONE_REGISTRY.register()
 def build_toy_fpn_backbone(cfg, input_shape):
     """An FPN of p3 to p7 over :class:`ToyBottomUp`: a RetinaNet step takes some 30 ms."""
     channels = cfg.MODEL.FPN.OUT_CHANNELS

@@ -128,8 +128,12 @@ def detections(output: dict, class_names) -> list[dict]:
     ]
 
 
-def image_files(paths: list[str]) -> list[str]:
+def image_files(paths: list[str], key: str = "--input") -> list[str]:
     """Images named, and those in the folders named, each folder sorted.
+
+    Args:
+        paths: files and folders.
+        key: flag that names them, for messages.
 
     Raises:
         DataError: a path that does not exist, or a folder without images.
@@ -140,10 +144,10 @@ def image_files(paths: list[str]) -> list[str]:
             files.append(path)
             continue
         if not os.path.isdir(path):
-            raise DataError(f"--input: no such file or folder '{path}'")
+            raise DataError(f"{key}: no such file or folder '{path}'")
         found = sorted(x for x in os.listdir(path) if x.lower().endswith(SUFFIXES))
         if not found:
-            raise DataError(f"--input: no image ({', '.join(SUFFIXES)}) in folder '{path}'")
+            raise DataError(f"{key}: no image ({', '.join(SUFFIXES)}) in folder '{path}'")
         files += [os.path.join(path, name) for name in found]
     return files
 

@@ -34,6 +34,7 @@ from .. import ConfigError, check_config, load_config
 from ..analysis import latency
 from ..analysis.pictures import ap_against_latency
 from ..arguments import Parser, image_size, output_file, whole
+from ..check import check_data_set
 from ..data.mapper import ImageMapper
 from ..data.register import register_configured
 from ..deploy.facts import facts_of
@@ -108,13 +109,14 @@ def records_of(args, names, number: int, key: str) -> list[dict]:
     """Data set dicts of ``number`` images, evenly spread, of --images or the first of ``names``.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or no such data set.
     """
     if args.images:
-        found = [{"file_name": path} for path in image_files(args.images)]
+        found = [{"file_name": path} for path in image_files(args.images, "--images")]
     else:
         if not names:
             raise ConfigError(f"{key} is empty: name a data set, or give --images")
+        check_data_set(key, names[0])
         found = DatasetCatalog.get(names[0])
     if not found:
         raise ConfigError(f"{key}: '{names[0]}' has no images: name another, or give --images")

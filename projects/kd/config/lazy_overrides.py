@@ -9,7 +9,7 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import LazyConfig
 from omegaconf import DictConfig, OmegaConf
 
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, did_you_mean, one_line
 from .config_files import look_up
 from .lazy_files import ACTING, ALIASES, LISTS, LazyNode, plain, project, select
 
@@ -60,7 +60,7 @@ def override_file(cfg: LazyNode, key: str, value, source: str, as_text: bool = T
         else:
             OmegaConf.update(lazy, key, value, merge=True)
     except Exception as error:
-        raise ConfigError(f"{source}: {key}={value}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{source}: {key}={value}: {one_line(error)}") from error
     before, vars(cfg)["lazy"] = cfg.lazy, lazy
     project(cfg, before)
 
@@ -109,5 +109,5 @@ def _hydra_value(key: str, value, source: str):
     try:
         scratch = LazyConfig.apply_overrides(DictConfig({}), [f"{key}={value}"])
     except Exception as error:
-        raise ConfigError(f"{source}: {key}={value}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{source}: {key}={value}: {one_line(error)}") from error
     return plain(OmegaConf.select(scratch, key))

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import torch
 from torch.onnx import symbolic_helper
 
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, one_line
 from ..files import replacing, write_atomically
 from .facts import KEY, NAME
 from .graphs import DenseGraph, Graph, RCNNGraph
@@ -115,10 +115,9 @@ def write(
         except UserError:
             raise
         except Exception as error:
-            reason = next((x for x in str(error).splitlines() if x.strip()), "")
             raise ConfigError(
                 f"--output: {facts['detector']} cannot be written as {facts['format']}: "
-                f"{type(error).__name__}: {reason[:300]}"
+                f"{type(error).__name__}: {one_line(error)}"
             ) from error
     write_atomically(path + ".json", json.dumps(facts, indent=1))
     return facts

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 from ..files import replacing, write_atomically
 from .facts import KEY
 
@@ -52,10 +52,9 @@ def lower(path: str, target: str, precision: str, images: Iterable[torch.Tensor]
                 _quantise(clean, quantised, images)
                 model = onnx.load(quantised)
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), "")[:300]
         raise ConfigError(
             f"--precision {precision}: {os.path.basename(path)} cannot be converted "
-            f"({type(error).__name__}: {reason})"
+            f"({type(error).__name__}: {one_line(error)})"
         ) from error
     onnx.helper.set_model_props(model, facts)
     with replacing(target) as file:

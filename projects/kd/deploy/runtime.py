@@ -9,7 +9,7 @@ from operator import mod
 import torch
 from torch import nn
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, one_line
 from ..files import resolve_weights
 from .facts import KEY, NAME
 from .finish import finish
@@ -49,10 +49,9 @@ class ExportedDetector(nn.Module):
         except ConfigError:
             raise
         except Exception as error:
-            reason = next(iter(str(error).splitlines()), "")[:200]
             raise ConfigError(
                 f"{key}: '{path}' is not a detector that kd-export has written "
-                f"({type(error).__name__}: {reason})"
+                f"({type(error).__name__}: {one_line(error)})"
             ) from error
         return cls(run, facts)
 

@@ -35,13 +35,18 @@ def exported_detector(cfg: CfgNode) -> ExportedDetector:
     """The exported detector that MODEL.WEIGHTS names.
 
     Raises:
-        ConfigError: not one of this config's meta-arch, or TEST.AUG; and what
+        ConfigError: not one of this config's meta-arch, TEST.AUG, or TEST.QUICK; and what
             :meth:`ExportedDetector.load` raises.
     """
     if cfg.TEST.AUG.ENABLED:
         raise ConfigError(
             "TEST.AUG.ENABLED: an exported detector has no augmentation, set it False"
         )
+    for key, value in cfg.TEST.QUICK.items():
+        if value not in (False, "float32"):
+            raise ConfigError(
+                f"TEST.QUICK.{key}: an exported detector stays as it is; leave this key out"
+            )
     detector = ExportedDetector.load(cfg.MODEL.WEIGHTS)
     if detector.facts["detector"] != cfg.MODEL.META_ARCHITECTURE:
         raise ConfigError(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
 
-from ..errors import disk_fault
+from ..errors import disk_fault, one_line
 from ..files import replacing
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Tolerant(EventWriter):
             action()
         except self.errors as error:
             self.failed = True
-            reason = disk_fault(error) or " ".join(str(error).split())
+            reason = disk_fault(error) or one_line(error)
             logger.warning(f"{self.what} cannot be written: {reason}; training goes on without it")
 
 

@@ -30,7 +30,7 @@ from detectron2.modeling import Backbone
 from torch import nn
 
 from ..detectors import register_detector
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, did_you_mean, one_line
 from ..taps import TapSpec
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ class ForeignBackbone(Backbone):
         except Exception as error:  # whatever the library raises
             raise ConfigError(
                 f"{source}: it does not take an image of {size[0]}x{size[1]} pixels "
-                f"({first_line(error)}); a teacher has to take the student's images"
+                f"({one_line(error)}); a teacher has to take the student's images"
             ) from error
         for name, shape in self._shapes.items():
             given = tuple(found[name].shape[1:])
@@ -287,12 +287,6 @@ def three_numbers(values, name: str) -> torch.Tensor:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{KEY}: {name} of a teacher is {values}, not numbers") from error
     return torch.tensor(numbers)[:, None, None]
-
-
-def first_line(error: BaseException, most: int = 240) -> str:
-    """What an exception of a library says, on one line and not too long."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from detectron2.layers import ShapeSpec
 from torch import nn
 from torch.nn import functional as F
 
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, did_you_mean, one_line
 from ..files import resolve_weights
 from ..modeling.timm_weights import needs_timm_names, read_state, timm_names
 from .base import (
@@ -23,7 +23,6 @@ from .base import (
     ForeignBackbone,
     ForeignDetector,
     TeacherRequest,
-    first_line,
     register_teacher,
 )
 
@@ -232,7 +231,7 @@ def _with_file(name: str, request: TeacherRequest, settings: dict) -> nn.Module:
         raise
     except Exception as error:
         raise ConfigError(
-            f"{key}: '{request.weights}' is not for timm's {name}: {first_line(error)}"
+            f"{key}: '{request.weights}' is not for timm's {name}: {one_line(error)}"
         ) from error
     broken = [n for n, p in model.named_parameters() if not torch.isfinite(p).all()]
     if broken:

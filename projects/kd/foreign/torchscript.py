@@ -28,9 +28,9 @@ from detectron2.layers import ShapeSpec
 from torch import nn
 
 from ..config.yaml_files import read_yaml_text
-from ..errors import ConfigError, did_you_mean, require_one_of
+from ..errors import ConfigError, did_you_mean, one_line, require_one_of
 from ..files import beside, expand, find_shipped, resolve_weights
-from .base import ForeignBackbone, ForeignDetector, TeacherRequest, first_line, register_teacher
+from .base import ForeignBackbone, ForeignDetector, TeacherRequest, register_teacher
 
 _KEYS = ("WEIGHTS", "OUTPUTS", "FORMAT", "PIXEL_MEAN", "PIXEL_STD", "MULTIPLE_OF")
 
@@ -144,14 +144,14 @@ def load_program(weights: str, device: str) -> nn.Module:
     except Exception as error:
         raise ConfigError(
             f"{key}: '{weights}' is no TorchScript program that torch {torch.__version__} reads on "
-            f"{device}: {first_line(error, 160)}; save it with torch.jit.save"
+            f"{device}: {one_line(error, 160)}; save it with torch.jit.save"
         ) from error
 
 
 def last_line(error: BaseException) -> str:
     """What went wrong in a program: its tracebacks end in it."""
     lines = [x.strip() for x in str(error).splitlines() if x.strip()]
-    return first_line(RuntimeError(lines[-1] if lines else type(error).__name__))
+    return one_line(RuntimeError(lines[-1] if lines else type(error).__name__))
 
 
 def _read(path: str) -> dict:

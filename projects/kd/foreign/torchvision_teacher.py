@@ -22,7 +22,7 @@ from torchvision.models import detection
 from torchvision.ops import FrozenBatchNorm2d
 
 from ..detectors import ClassLayer, register_detector
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, did_you_mean, one_line
 from ..weights.files import modules_in
 from ..weights.loading import load_weights
 from .base import (
@@ -30,7 +30,6 @@ from .base import (
     ForeignBackbone,
     ForeignDetector,
     TeacherRequest,
-    first_line,
     register_teacher,
     run_on_meta,
 )
@@ -167,7 +166,7 @@ def build(request: TeacherRequest) -> TorchvisionDetector:
     except Exception as error:  # a classifier, or labels that it does not take
         raise ConfigError(
             f"{KEY}: torchvision cannot build the detector {name} with {labels} labels: "
-            f"{first_line(error)}"
+            f"{one_line(error)}"
         ) from error
     if not isinstance(getattr(model, "backbone", None), detection.backbone_utils.BackboneWithFPN):
         raise ConfigError(f"{KEY}: torchvision's {name} has no FPN whose levels could be distilled")

@@ -13,7 +13,7 @@ from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 from ..files import may_unpickle, resolve_weights, split_query
 from .files import (
     choose_state,
@@ -254,8 +254,8 @@ def load_run(wrapper: nn.Module, path: str, key: str, allow_pickle: bool = False
     try:
         wrapper.heads.load_state_dict(content["distill"])
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{key}: the heads in '{path}' are not those of KD.HEADS and their settings: {reason}"
+            f"{key}: the heads in '{path}' are not those of KD.HEADS and their settings: "
+            f"{one_line(error)}"
         ) from error
     return content
