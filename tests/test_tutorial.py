@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pytest
 import torch
+import toy_data  # noqa: F401  (registers the toy backbone)
 
 from projects.kd.data.shapes import generate
 
@@ -26,12 +27,23 @@ CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 
 @pytest.fixture
 def short(tmp_path, monkeypatch):
-    """Values of the cell tagged parameters, for seconds in place of minutes."""
+    """Values of the cell tagged parameters, for seconds in place of minutes.
+
+    Teacher and students are the configs' Cascade R-CNNs on a backbone of a few thousand weights.
+    """
     folder = tmp_path / "pictures"
     generate("train", str(folder), 3)
     data = ["tutorial_pictures", str(folder / "instances.json"), str(folder / "images")]
     monkeypatch.chdir(ROOT / "docs")
     more = {
+        "MODEL.BACKBONE.NAME": "build_toy_fpn_backbone",
+        "MODEL.FPN.OUT_CHANNELS": 8,
+        "MODEL.ANCHOR_GENERATOR.SIZES": [[18], [36]],
+        "MODEL.RPN.IN_FEATURES": ["p3", "p4"],
+        "MODEL.ROI_HEADS.IN_FEATURES": ["p3", "p4"],
+        "MODEL.ROI_BOX_HEAD.FC_DIM": 16,
+        "KD.CWD.LEVELS": ("p3", "p4"),
+        "KD.TEACHER.CONFIG_FILE": str(tmp_path / "out/teacher/config.yaml"),
         "KD.DATASETS": [data],
         "DATASETS.TRAIN": ("tutorial_pictures",),
         "DATASETS.TEST": ("tutorial_pictures",),
