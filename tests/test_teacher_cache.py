@@ -26,6 +26,7 @@ from projects.kd.teacher_cache import (
 from projects.kd.teacher_link import with_digests
 
 CANVAS = (96, 96)
+CPU = torch.device("cpu")
 TOY = {"MODEL__BACKBONE__NAME": "build_toy_fpn_backbone"}
 
 
@@ -124,7 +125,7 @@ def test_what_float16_cannot_hold_is_not_kept_and_not_changed(folder, caplog):
         return {"p3": torch.tensor([[[[7e4]]], [[[1.0]]]])[missing]}
 
     for _ in range(2):
-        assert cache.features(["ab1", "cd2"], compute)["p3"].flatten().tolist() == [7e4, 1.0]
+        assert cache.features(["ab1", "cd2"], compute, CPU)["p3"].flatten().tolist() == [7e4, 1.0]
     assert calls == [[0, 1], [0]] and caplog.text.count("beyond the range of float16") == 1
 
 
@@ -132,14 +133,21 @@ def test_no_more_than_the_bound_is_kept(folder, caplog):
     value = torch.arange(5 * 32.0).reshape(5, 2, 4, 4)
     keys = [f"{n}{n}{n}" for n in range(5)]
     one = FeatureCache(MIB, folder and f"{folder}/one")
-    one.features(keys[:1], lambda missing: {"p3": value[missing]})
+    one.features(keys[:1], lambda missing: {"p3": value[missing]}, CPU)
     assert one.taken >= 2 * 4 * 4 * 2
     cache = FeatureCache(3 * one.taken, folder and f"{folder}/three")
     for _ in range(2):
-        found = cache.features(keys, lambda missing: {"p3": value[missing]})
+        found = cache.features(keys, lambda missing: {"p3": value[missing]}, CPU)
         assert torch.equal(found["p3"], value)
     assert cache.taken == cache.capacity and cache.hits() == 0.3
     assert caplog.text.count("no more fit") == 1
+
+
+def test_answers_go_to_the_device_of_the_teacher(folder):
+    cache, value = FeatureCache(MIB, folder), torch.ones(2, 1, 2, 2)
+    cache.features(["ab", "cd"], lambda missing: {"p3": value[missing]}, CPU)
+    found = cache.features(["cd", "ab"], lambda missing: 1 / 0, torch.device("meta"))["p3"]
+    assert found.is_meta and found.shape == (2, 1, 2, 2) and found.dtype == torch.float32
 
 
 def test_files_serve_other_runs_and_may_be_cut_or_deleted(tmp_path):

@@ -206,7 +206,7 @@ class Teacher:
                     else:
                         keys = self._keys(digests or map(digest, images), padded, image_format)
                         features = self.cache.features(
-                            keys, lambda missing: self._run_backbone(tensor[missing])
+                            keys, lambda missing: self._run_backbone(tensor[missing]), tensor.device
                         )
                 inside = {} if padded == canvas else self._cut_taps(features, canvas)
                 features = inside.get("features", features)

@@ -40,8 +40,8 @@ class FeatureCache:
     """Features of single images by key, in memory or in files, within a bound.
 
     They take 16 bits a value: bfloat16 and float16 stay what they are, float32 is rounded to
-    float16 (an error of at most 5e-4 of a value), whether an answer is new or
-    an old one, so that results do not depend on what was found.
+    float16 (an error of at most 5e-4 of a value). New answers are rounded like old ones, so that
+    results do not depend on what was found.
 
     Args:
         capacity: bytes.
@@ -58,31 +58,34 @@ class FeatureCache:
         self._told: set[str] = set()
 
     def features(
-        self, keys: Sequence[str], compute: Callable[[list[int]], Mapping[str, torch.Tensor]]
+        self,
+        keys: Sequence[str],
+        compute: Callable[[list[int]], Mapping[str, torch.Tensor]],
+        device: torch.device,
     ) -> dict[str, torch.Tensor]:
         """The levels of a batch.
 
         Args:
             keys: of its N images.
             compute: gives the levels (M, C, H, W) of the images at M places in the batch.
+            device: where the result is to be.
 
         Returns:
-            Level to (N, C, H, W) on the CPU, or where ``compute`` puts it.
+            Level to (N, C, H, W).
         """
         answers: list = [self._get(key) for key in keys]
         missing = [n for n, answer in enumerate(answers) if answer is None]
         self.asked += len(keys)
         self.found += len(keys) - len(missing)
-        device = None
         if missing:
             new = compute(missing)
-            device = next(iter(new.values())).device
             for place, n in enumerate(missing):
                 one = {level: _half(value[place]) for level, value in new.items()}
                 answers[n] = one
                 self._put(keys[n], one)
+        near = device if missing else torch.device("cpu")  # one copy where all come from there
         return {
-            level: torch.stack([_full(x[level]).to(device) for x in answers])
+            level: torch.stack([_full(x[level].to(near)) for x in answers]).to(device)
             for level in answers[0]
         }
 
@@ -139,7 +142,7 @@ def _half(value: torch.Tensor) -> torch.Tensor:
     if value.dtype != torch.float32:
         return value
     half = value.half()
-    return half if half.isfinite().all() or not value.isfinite().all() else value
+    return half if half.isfinite().all() else value
 
 
 def _full(value: torch.Tensor) -> torch.Tensor:
