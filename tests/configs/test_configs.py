@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from kd_configs import load
 
-from projects.kd import build_training_model, load_config
+from projects.kd import build_training_model, teacher_building
 from projects.kd.config.teachers import config_of, module_name, teacher_names
 from projects.kd.foreign import foreign_scheme
 
@@ -31,10 +33,6 @@ COCO = [
 ZOO = "model_zoo://COCO-Detection/"
 
 
-def load(name: str):
-    return load_config(str(ROOT / "configs" / name))
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loads(name):
     cfg = load(name)
@@ -51,8 +49,26 @@ def test_every_run_writes_to_a_folder_of_its_own():
         assert folder.endswith("/" + Path(name).stem)
 
 
+_TEACHERS: dict = {}  # by file and options: many configs have the same one
+
+
+@pytest.fixture
+def each_teacher_once(monkeypatch):
+    """Configs get copies of a teacher that is built once."""
+    build = teacher_building.build_from_config
+
+    def once(cfg, path):
+        key = path, str(cfg.KD.TEACHER.OPTS)
+        if key not in _TEACHERS:
+            _TEACHERS[key] = build(cfg, path)
+        model, *rest = _TEACHERS[key]
+        return copy.deepcopy(model), *rest
+
+    monkeypatch.setattr(teacher_building, "build_from_config", once)
+
+
 @pytest.mark.parametrize("name", RUNNABLE)
-def test_builds_with_its_teacher_and_heads(name):
+def test_builds_with_its_teacher_and_heads(name, each_teacher_once):
     """On the meta device: shapes and wiring without memory or computing."""
     cfg = load(name)
     cfg.MODEL.DEVICE = "meta"
@@ -87,7 +103,7 @@ def test_builds_with_its_teacher_and_heads(name):
 def test_plain_r50_is_the_model_zoos_1x_config(detector):
     """Every key, so that a baseline trained here is comparable with the zoo's published AP."""
     ours = load(f"COCO-Detection/{detector}_R50_FPN_1x.yaml")
-    zoo = load_config(f"{ZOO}{detector}_R_50_FPN_1x.yaml")
+    zoo = load(f"{ZOO}{detector}_R_50_FPN_1x.yaml")
     for cfg in (ours, zoo):
         cfg.OUTPUT_DIR = ""
         del cfg.MODEL["ROI_MASK_HEAD"]  # not built: MASK_ON is False

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from kd_configs import load
 
-from projects.kd import load_config
 from projects.kd.schedule import Ramp, build_ramp
 
 ROOT = Path(__file__).resolve().parents[2] / "configs"
@@ -14,10 +14,6 @@ DETECTORS = ("retinanet", "faster_rcnn")
 PYRAMID = {"retinanet": ("p3", "p4", "p5"), "faster_rcnn": ("p2", "p3", "p4", "p5")}
 SECTIONS = ("MODEL", "SOLVER", "INPUT", "DATASETS", "DATALOADER", "TEST")
 HEADS = {"csa": ("CSA",), "sdf_csa": ("SDF", "CSA"), "output_kd": ("OutputKD",)}
-
-
-def load(name: str):
-    return load_config(str(ROOT / name))
 
 
 def assert_only_distillation_differs(cfg, plain):

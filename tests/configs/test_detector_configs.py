@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from kd_configs import load
 
 from projects.kd import load_config
 
@@ -36,13 +37,9 @@ DISTILLED = sorted(
 )
 
 
-def load(name: str):
-    return load_config(str(ROOT / "configs" / name))
-
-
 @pytest.mark.parametrize("name", ZOO)
 def test_plain_students_are_the_zoos(name):
-    ours, zoo = load(f"{name}.yaml"), load_config(f"model_zoo://{ZOO[name]}.yaml")
+    ours, zoo = load(f"{name}.yaml"), load(f"model_zoo://{ZOO[name]}.yaml")
     for cfg in (ours, zoo):
         cfg.OUTPUT_DIR = ""
         if "_R18_" in name or "cascade_rcnn" in name:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from kd_configs import load as read
 
-from projects.kd import build_training_model, load_config
+from projects.kd import build_training_model
 from projects.kd.engine.optim import build_optimizations
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +32,7 @@ PLAIN = {name for pair in PAIRS.values() for name in pair}
 
 
 def load(name):
-    return load_config(str(FOLDER / f"{name}.yaml"))
+    return read(f"COCO-DETR/{name}.yaml")
 
 
 def test_the_tables_cover_every_config():

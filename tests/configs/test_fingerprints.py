@@ -6,6 +6,7 @@ diff names the configs that changed.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -36,11 +37,16 @@ def names_of_suites() -> list[str]:
     )
 
 
+@functools.cache
+def defaults() -> dict:
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    return {key: _plain(value) for key, value in flat(cfg)}
+
+
 def fingerprint(cfg) -> str:
     """Hash of the values that are no defaults; paths of this checkout count from its root."""
-    default = get_cfg()
-    add_kd_config(default)
-    plain = {key: _plain(value) for key, value in flat(default)}
+    plain = defaults()
     found = {key: _plain(value) for key, value in flat(cfg) if key not in LEFT_OUT}
     # keys of KD.TEACHERS have no defaults
     values = {key: value for key, value in found.items() if value != plain.get(key)}

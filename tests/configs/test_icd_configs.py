@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from projects.kd import load_config
+from kd_configs import load
 
 ROOT = Path(__file__).resolve().parents[2] / "configs"
 ONE_STAGE = ("backbone.fpn_", "backbone.top_block.", "head.")
@@ -20,10 +19,6 @@ RUNS = {
     "faster_rcnn_R18": (DETECTION, "faster_rcnn_R_101", 3.0, 100, 0.02, TWO_STAGE),
     "mask_rcnn_R50": (SEGMENTATION, "mask_rcnn_R_101", 3.0, 100, 0.02, TWO_STAGE),
 }
-
-
-def load(name: str):
-    return load_config(str(ROOT / name))
 
 
 def test_the_table_covers_every_icd_config():
@@ -72,7 +67,7 @@ def test_published_values(student, kind):
 
 def test_plain_mask_rcnn_is_the_model_zoos_1x_config():
     ours = load(f"{SEGMENTATION}mask_rcnn_R50_FPN_1x.yaml")
-    zoo = load_config(f"model_zoo://{SEGMENTATION}mask_rcnn_R_50_FPN_1x.yaml")
+    zoo = load(f"model_zoo://{SEGMENTATION}mask_rcnn_R_50_FPN_1x.yaml")
     for cfg in (ours, zoo):
         cfg.OUTPUT_DIR = ""
     assert ours == zoo

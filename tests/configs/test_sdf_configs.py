@@ -5,17 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from projects.kd import load_config
+from kd_configs import load
 
 ROOT = Path(__file__).resolve().parents[2] / "configs"
 DETECTORS = ("retinanet", "faster_rcnn")
 PYRAMID = {"retinanet": ("p3", "p4", "p5"), "faster_rcnn": ("p2", "p3", "p4", "p5")}
 SECTIONS = ("MODEL", "SOLVER", "INPUT", "DATASETS", "DATALOADER", "TEST")
-
-
-def load(name: str):
-    return load_config(str(ROOT / name))
 
 
 def doubled(sizes):
@@ -59,12 +54,12 @@ def test_the_teachers_input_is_scaled_from_the_students(detector):
         ("R50_FPN_400_1x", f"model_zoo://COCO-Detection/{detector}_R_101_FPN_3x.yaml", 2.0),
     ):
         ours = load(f"COCO-Detection/{detector}_{student}.yaml").INPUT
-        theirs = load_config(teacher if "://" in teacher else str(ROOT / teacher)).INPUT
+        theirs = load(teacher).INPUT
         assert [scale * side for side in ours.MIN_SIZE_TRAIN] == list(theirs.MIN_SIZE_TRAIN)
         assert scale * ours.MIN_SIZE_TEST == theirs.MIN_SIZE_TEST
         for key in ("MAX_SIZE_TRAIN", "MAX_SIZE_TEST"):
             assert abs(scale * ours[key] - theirs[key]) <= 1
-    zoo = load_config(f"model_zoo://COCO-Detection/{detector}_R_101_FPN_3x.yaml")
+    zoo = load(f"model_zoo://COCO-Detection/{detector}_R_101_FPN_3x.yaml")
     hires = load(f"COCO-Detection/{detector}_R101_FPN_hires_3x.yaml")
     assert (hires.MODEL, hires.SOLVER) == (zoo.MODEL, zoo.SOLVER)
 

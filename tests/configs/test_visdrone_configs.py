@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from projects.kd import load_config
+from kd_configs import load as read
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "configs" / "VisDrone"
@@ -17,7 +16,7 @@ ALL = PLAIN + [f"{d}_R101_FPN_1600" for d in DETECTORS]
 
 
 def load(name: str):
-    return load_config(str(FOLDER / f"{name}.yaml"))
+    return read(f"VisDrone/{name}.yaml")
 
 
 def test_the_tables_cover_every_config():

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import shutil
 
 import kd_models
 import pytest
@@ -34,11 +35,19 @@ def cfg_of(tmp_path, folder="run", **changes):
     return kd_models.tiny_cfg(**(settings | changes))
 
 
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A run of two iterations, interrupted: it is the same for all, each has a copy."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    toy_data.register_noise(folder, NAME)
+    interrupt(start(cfg_of(folder)), at=3)
+    return folder / "run"
+
+
 @pytest.fixture
-def run(tmp_path):
-    """A run of two iterations, interrupted, and its folder."""
-    interrupt(start(cfg_of(tmp_path)), at=3)
-    return tmp_path / "run"
+def run(interrupted, data, tmp_path):
+    """The folder of an interrupted run."""
+    return shutil.copytree(interrupted, tmp_path / "run")
 
 
 def resume(tmp_path, caplog, **changes):

@@ -1,5 +1,6 @@
 """kd-benchmark on a tiny pair of detectors and a data set on the disk."""
 
+import functools
 import json
 
 import pytest
@@ -8,11 +9,13 @@ from detectron2.utils.events import EventStorage
 
 from projects.kd import ConfigError, load_config
 from projects.kd.analysis.benchmark import Bench, loop_masks
+from projects.kd.analysis.measure import interleave
 from projects.kd.commands.benchmark import PARTS as BENCHMARK
 from projects.kd.commands.benchmark import step
 
 
-def test_benchmark_measures_every_part(config, folder, capsys):
+def test_benchmark_measures_every_part(config, folder, capsys, monkeypatch):
+    monkeypatch.setattr(step, "interleave", functools.partial(interleave, warm_up=0))
     path = folder / "bench.json"
     report = BENCHMARK.call(
         [

@@ -227,10 +227,11 @@ class Run:
             actions |= {f"step with {label}": bench.step(bench.model)}
             actions |= {f"{head} alone": bench.head(head) for head in heads if len(heads) == 1}
             for name, action in actions.items():
-                for _ in range(2):  # the optimizer's state exists after the first step
-                    getattr(action, "clear", lambda: None)()
-                    result[name] = peak_bytes(action, bench.device)
-                getattr(action, "clear", lambda: None)()
+                clear = getattr(action, "clear", lambda: None)
+                action()  # the optimizer's state exists after the first step
+                clear()
+                result[name] = peak_bytes(action, bench.device)
+                clear()
                 self.progress.tick(f"{self.name}: memory of {name}")
         return {"memory": result}
 
