@@ -221,7 +221,9 @@ class Teacher:
     def _run_backbone(self, tensor: torch.Tensor) -> Mapping[str, torch.Tensor]:
         return self.form.only_read(self.form.backbone(tensor))
 
-    def _keys(self, digests: Iterable[str], canvas: tuple[int, int], image_format: str):
+    def _keys(
+        self, digests: Iterable[str], canvas: tuple[int, int], image_format: str
+    ) -> list[str]:
         """Of the images in the cache; for other precisions there are others."""
         kind = self.model.pixel_mean.device.type
         on = torch.is_autocast_enabled(kind)

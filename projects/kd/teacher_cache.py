@@ -85,7 +85,7 @@ class FeatureCache:
                 self._put(keys[n], one)
         near = device if missing else torch.device("cpu")  # one copy where all come from there
         return {
-            level: torch.stack([_full(x[level].to(near)) for x in answers]).to(device)
+            level: _full(torch.stack([x[level].to(near) for x in answers]).to(device))
             for level in answers[0]
         }
 
@@ -249,9 +249,9 @@ def build_cache(cfg: CfgNode) -> FeatureCache | None:
         folder = node.CACHE_DIR or os.path.join(cfg.OUTPUT_DIR, "teacher_cache")
         folder = writable_folder(folder, key)
     free = shutil.disk_usage(folder).free * 0.9 if folder else (free_memory() or 2**62) / 2
-    processes = comm.get_local_size()
     bound = node.CACHE_MB * MIB
-    kept = _size(folder) if folder else 0
+    cache = FeatureCache(bound, folder)
+    kept = cache.taken
     capacity = int(min(bound, kept + free))
     if capacity < bound:
         logger.warning(
@@ -259,4 +259,5 @@ def build_cache(cfg: CfgNode) -> FeatureCache | None:
             *(node.CACHE, capacity / MIB, node.CACHE_MB),
         )
     # each process counts what it adds itself
-    return FeatureCache(kept + max(capacity - kept, 0) // processes, folder)
+    cache.capacity = kept + max(capacity - kept, 0) // comm.get_local_size()
+    return cache

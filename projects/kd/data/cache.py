@@ -207,6 +207,13 @@ def resized_shape(augmentation, height: int, width: int) -> tuple[int, int] | No
     return None
 
 
+def inside_wrappers(mapper, attribute: str):
+    """The first that has the attribute, of a mapper and those that it wraps; else the innermost."""
+    while not hasattr(mapper, attribute) and hasattr(mapper, "mapper"):
+        mapper = mapper.mapper
+    return mapper
+
+
 class CachePlan:
     """Collects the images of a loader and opens one store for them.
 
@@ -232,8 +239,7 @@ class CachePlan:
         """
         if self.kind == "off":
             return images
-        while not hasattr(mapper, "use_store") and hasattr(mapper, "mapper"):
-            mapper = mapper.mapper
+        mapper = inside_wrappers(mapper, "use_store")
         if not hasattr(mapper, "use_store") or not isinstance(images, list):
             logger.warning(
                 "DATALOADER.CACHE %s: without effect, %s reads its images itself",

@@ -35,8 +35,9 @@ def report_hooks(
     names = teacher_names(cfg) if cfg.KD.META_ARCHITECTURE else ()
     heads = [module_name(name, head) for name in names for head in config_of(cfg, name).KD.HEADS]
     period = max(PERIOD, cfg.SOLVER.GATHER_METRIC_PERIOD)  # the losses are there by then
-    found: list[HookBase] = [LossBalance(cfg.SOLVER.GATHER_METRIC_PERIOD)] if heads else []
-    found += [CacheReport(cfg, cfg.KD.LOG_PERIOD)] if heads else []
+    found: list[HookBase] = []
+    if heads:
+        found += [LossBalance(cfg.SOLVER.GATHER_METRIC_PERIOD), CacheReport(cfg, cfg.KD.LOG_PERIOD)]
     found += [LearningCheck(cfg, starts_whole), Progress(heads, period, best)]
     writes = cfg.SOLVER.GATHER_METRIC_PERIOD if isinstance(cfg, LazyNode) else PERIOD
     return [*found, PeriodicWriter(make_writers, writes)]

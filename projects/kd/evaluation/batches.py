@@ -14,6 +14,8 @@ from detectron2.data import (
 from detectron2.data.samplers import InferenceSampler
 from torch.utils.data import DataLoader, Sampler
 
+from ..data.cache import inside_wrappers
+
 
 class EqualBatches(Sampler[list[int]]):
     """Numbers of images in batches of equal ``kinds``, each begun as early as it can be.
@@ -62,9 +64,7 @@ def build_test_loader(cfg: CfgNode, name: str, mapper: Callable) -> DataLoader:
         files = dict(zip(cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST, strict=True))
         proposals = [files[name]]
     images = get_detection_dataset_dicts([name], filter_empty=False, proposal_files=proposals)
-    inner = mapper
-    while not hasattr(inner, "kept_size") and hasattr(inner, "mapper"):
-        inner = inner.mapper
+    inner = inside_wrappers(mapper, "kept_size")
     kinds = [_size(image, inner) for image in images]
     return DataLoader(
         MapDataset(DatasetFromList(images, copy=False), mapper),
