@@ -64,6 +64,21 @@ def test_benchmark_times_the_same_number_of_steps_of_both_sides(config, monkeypa
     assert steps.count("student") == steps.count("teacher") == 12
 
 
+def test_crosskd_has_a_second_pass_of_the_teachers_last_layers_in_its_base(config):
+    cfg = load_config(config)
+    with EventStorage(1):
+        bench = Bench(cfg, ("CrossKD",), (64, 96), 3)
+        last = []
+        bench.model.teacher.model.head.cls_score.register_forward_hook(lambda *_: last.append(1))
+        levels = len(bench.ctx.student_features)
+        bench.base()()
+        in_base, _ = len(last), last.clear()
+        bench.step(bench.model)()
+    # the teacher's own pass, and the student's maps
+    assert in_base == len(last) == 2 * levels
+    assert all(p.grad is None for p in bench.model.teacher.model.parameters())
+
+
 def test_benchmark_steps_train_what_they_should(config):
     cfg = load_config(config)
     cfg.KD.START_ITER = 0

@@ -12,6 +12,7 @@ from ..detectors import configured_classes, offers
 from ..distiller import build_training_model
 from ..engine.optim import build_optimizations
 from ..foreign import foreign_scheme
+from ..heads.output_kd import cell_masks
 from ..levels import scaled_size
 from ..predict import predictor_for
 from .measure import random_batch, settle_norms
@@ -132,15 +133,39 @@ class Bench:
 
         return run
 
+    def crossing(self, head):
+        """A function: the rest of the teacher's head on the student's maps, and their gradient.
+
+        Args:
+            head: one that crosses.
+        """
+        ours, theirs = head.predictors(self.ctx)
+        with torch.no_grad():
+            towers, places = head.entering(self.ctx, ours, cell_masks(head, self.ctx))
+        towers = {
+            tap: [x if x is None else x.detach().requires_grad_() for x in maps]
+            for tap, maps in towers.items()
+        }
+        inputs = _tensors(towers)
+
+        def run():
+            with self.autocast():
+                outputs = _tensors(theirs.resume(towers, head.teacher_depth, places=places))
+            torch.autograd.grad(sum(x.sum() for x in outputs), inputs)
+
+        return run
+
     def base(self):
         """Teacher's forward pass and student step: what distillation cannot do without.
 
         With a head that predicts also one more pass of the student's detection head, held constant,
-        forward and backward to its input.
+        forward and backward to its input; with one that crosses such a pass of the rest of the
+        teacher's.
         """
         parts = [self.teacher, step := self.step()]
         if any(head.predicts for head in self.model.heads.values()):
             parts.append(self.prediction())
+        parts += [self.crossing(head) for head in self.model.heads.values() if head.crosses]
 
         def run():
             for part in parts:

@@ -38,6 +38,7 @@ class ImitationHead(nn.Module):
         needs_boxes: the head reads ground-truth boxes.
         needs_label_maps: the head reads label maps.
         predicts: the head runs the student's detection head a second time (timing counts it apart).
+        crosses: it runs the rest of the teacher's detection head on the student's maps (likewise).
         compares: metadata ("thing_classes", "stuff_classes", "keypoint_names") whose predictions
             are compared one by one, so teacher and data set must have the same names.
 
@@ -58,6 +59,7 @@ class ImitationHead(nn.Module):
     needs_boxes: bool = False
     needs_label_maps: bool = False
     predicts: bool = False
+    crosses: bool = False
     compares: tuple[str, ...] = ()
 
     def __init__(self, *, levels: Sequence[str], weight: float, mask_padding: bool):

@@ -106,6 +106,8 @@ class CrossKD(DenseImitation):
         **base: see :class:`DenseImitation`.
     """
 
+    crosses = True
+
     def __init__(
         self,
         *,
@@ -200,6 +202,21 @@ class CrossKD(DenseImitation):
 
     def cross(self, ctx: DistillContext, ours, theirs, masks):
         """The teacher's outputs for the student's maps, on the student's grids."""
+        towers, places = self.entering(ctx, ours, masks)
+        like = next(iter(ctx.student_features.values()))
+        with step_precision(like):
+            outputs = theirs.resume(towers, self.teacher_depth, places=places)
+        # what is compared chooses the shared classes among the student's
+        logits = [x if x is None else self.shared.of_all_anchors(x) for x in outputs.logits]
+        return dataclasses.replace(outputs, logits=logits)
+
+    def entering(self, ctx: DistillContext, ours, masks):
+        """The student's maps as they enter the teacher's towers, and each level's place there.
+
+        Returns:
+            Tap name to a map (N, C_teacher, H, W), or None, for each of the student's levels; and
+            the places, see :meth:`~projects.kd.predict.retinanet.RetinaNetPredictor.resume`.
+        """
         towers, places = {tap: [] for tap in BRANCHES.values()}, []
         gains = []
         for place, level in enumerate(ours.levels):
@@ -212,12 +229,7 @@ class CrossKD(DenseImitation):
                 towers[tap].append(maps)
         if gains:
             ctx.put_scalar("kd/crosskd_gain", torch.stack(gains).amax())
-        like = next(iter(ctx.student_features.values()))
-        with step_precision(like):
-            outputs = theirs.resume(towers, self.teacher_depth, places=places)
-        # what is compared chooses the shared classes among the student's
-        logits = [x if x is None else self.shared.of_all_anchors(x) for x in outputs.logits]
-        return dataclasses.replace(outputs, logits=logits)
+        return towers, places
 
     def maps(self, ctx: DistillContext, place: int, level: str, tap: str):
         """The student's map of a level and a branch, and the teacher's."""
