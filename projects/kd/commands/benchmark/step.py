@@ -14,9 +14,10 @@ losses, backward and optimizer step. The ratio of a head is
 the teacher, of whatever library, run as far as the head reads it (its backbone, or its own head
 too), both on the same student. To CSA's denominator belongs one more pass of the student's
 detection head, forward and backward to its input, as no assistant can do without it, and to
-CrossKD's one of the last layers of the teacher's. Memory is what tensors hold at once (allocator events, temporaries inside of operations included), counted once, at
-800x1344, with --memory. Run it on an idle machine, or with --clock cpu: that counts the seconds
-which this process computes in all its threads, and which other programs disturb less.
+CrossKD's one of the last layers of the teacher's. Memory is what tensors hold at once (allocator
+events, temporaries inside of operations included), counted once, at 800x1344, with --memory. Run it
+on an idle machine, or with --clock cpu: that counts the seconds which this process computes in all
+its threads, and which other programs disturb less.
 
 Parts: data (the training loader of a --config-file), teacher (input and forward), student (step),
 heads (each alone: loss and its gradient at features and adapters), step (the ratio, for each head
