@@ -171,6 +171,7 @@ def test_other_precisions_are_read_and_other_shapes_left_to_the_report(tmp_path)
         (b"\n<!DOCTYPE html><html>", "web page"),
         (b"\x1f\x8b\x08junk", "gzip"),
         (b"\x89HDF\r\n", "HDF5"),
+        (b"\x08\x09\x12\x07pytorch", "ONNX"),
         (b"", "truncated"),
     ],
 )

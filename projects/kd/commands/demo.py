@@ -29,12 +29,11 @@ from .. import ConfigError, check_config, load_config
 from ..arguments import Parser, number
 from ..data.images import in_format, read_image
 from ..data.register import register_configured
+from ..data.sem_seg import IMAGE_SUFFIXES
 from ..deploy.use import used_detector
 from ..errors import DataError, exit_on_user_error
 from ..evaluation.tiles import TiledDetector
 from ..files import writable_folder
-
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def parse_arguments(argv=None):
@@ -145,9 +144,9 @@ def image_files(paths: list[str], key: str = "--input") -> list[str]:
             continue
         if not os.path.isdir(path):
             raise DataError(f"{key}: no such file or folder '{path}'")
-        found = sorted(x for x in os.listdir(path) if x.lower().endswith(SUFFIXES))
+        found = sorted(x for x in os.listdir(path) if x.lower().endswith(IMAGE_SUFFIXES))
         if not found:
-            raise DataError(f"{key}: no image ({', '.join(SUFFIXES)}) in folder '{path}'")
+            raise DataError(f"{key}: no image ({', '.join(IMAGE_SUFFIXES)}) in folder '{path}'")
         files += [os.path.join(path, name) for name in found]
     return files
 

@@ -107,6 +107,10 @@ def _kind(path: str, key: str) -> str:
     for magic, what in _OTHERS:
         if head.lstrip().lower().startswith(magic) or head.startswith(magic):
             raise ConfigError(f"{key}: '{path}' {what}")
+    if head[:1] == b"\x08" and head[2:3] == b"\x12":  # ir_version and producer_name of the format
+        raise ConfigError(
+            f"{key}: '{path}' is an ONNX graph, good for inference: name a checkpoint"
+        )
     if head.startswith(b"PK"):
         return "zip"
     starts = head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= size - 8
