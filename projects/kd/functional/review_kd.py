@@ -6,7 +6,7 @@ Shapes: N images, C channels, (H, W) cells of a level.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from .precision import full_precision
 
@@ -33,28 +33,66 @@ def hcl_loss(
     Returns:
         Scalar, 0 for equal maps.
     """
-    difference = student - teacher.detach()
-    if mask is not None:  # what lies outside may be infinite
-        difference = difference.masked_fill(~mask, 0.0)
-        mask = mask.to(difference.dtype)
-    total, share, factor = _mean_square(difference, mask), 1.0, 1.0
-    for side in POOLS:
-        if side >= difference.shape[2]:
-            continue
-        factor = factor / 2
+    return _Hierarchy.apply(student, teacher.detach(), mask)
+
+
+class _Hierarchy(torch.autograd.Function):
+    """Keeps the two maps, and small ones: what each grid of bins asks for."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, mask):
+        difference = _difference(student, teacher, mask)
+        channels, height, width = difference.shape[1:]
+        part = None if mask is None else mask.to(difference.dtype)
+        sides = [side for side in POOLS if side < height]
+        factors = [0.5**k for k in range(len(sides) + 1)]
+        factors = [factor / sum(factors) for factor in factors]
+        total, slopes, bins = 0.0, [], []
         # pooling is linear: the mean of differences is the difference of means
-        pooled = F.adaptive_avg_pool2d(difference, side)
-        part = None if mask is None else F.adaptive_avg_pool2d(mask, side)
-        if part is not None:
-            pooled = pooled / part.masked_fill(part == 0, 1.0)
-            part = (part > 0).to(pooled.dtype)
-        total = total + factor * _mean_square(pooled, part)
-        share += factor
-    return total / share
+        for side, factor in zip(sides, factors[1:], strict=True):
+            rows, columns = (_bins(size, side, difference) for size in (height, width))
+            means, count = rows @ difference @ columns.mT, difference[:, :, 0, 0].numel() * side**2
+            inside = 1.0
+            if part is not None:
+                share = rows @ part @ columns.mT
+                inside = torch.where(share > 0, 1 / share, 0.0)
+                means, count = means * inside, _count(share > 0, channels, means)
+            total = total + factor * means.square().sum() / count
+            slopes.append(means * inside * (2 * factor / count))
+            bins.append((rows, columns))
+        count = difference.numel() if mask is None else _count(mask, channels, difference)
+        ctx.scale, ctx.bins = 2 * factors[0] / count, bins
+        ctx.save_for_backward(student, teacher, mask, *slopes)
+        return total + factors[0] * difference.square_().sum() / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        student, teacher, mask, *slopes = ctx.saved_tensors
+        result = _difference(student, teacher, mask).mul_(ctx.scale)
+        maps = result.view(-1, *result.shape[2:])
+        for slope, (rows, columns) in zip(slopes, ctx.bins, strict=True):
+            by_column = (rows.mT @ slope).flatten(0, 1)
+            maps.baddbmm_(by_column, columns.expand(len(maps), *columns.shape))
+        result = result if mask is None else result.masked_fill_(~mask, 0.0)
+        return result.mul_(grad), None, None
 
 
-def _mean_square(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean over the elements inside of the mask, whose outside is 0 already."""
-    if mask is None:
-        return values.square().mean()
-    return values.square().sum() / (mask.sum() * values.shape[1]).clamp(min=1)
+def _difference(student, teacher, mask):
+    """A new contiguous map, 0 outside of the mask, where the two may be infinite."""
+    difference = (student - teacher).contiguous()
+    return difference if mask is None else difference.masked_fill_(~mask, 0.0)
+
+
+def _count(mask, channels, like):
+    """Elements inside, at least 1, in the precision of a map."""
+    return (mask.sum() * channels).clamp(min=1).to(like.dtype)
+
+
+def _bins(size: int, side: int, like: torch.Tensor) -> torch.Tensor:
+    """(side, size) whose rows take the means of adaptive pooling along one axis."""
+    matrix = like.new_zeros(side, size)
+    for row in range(side):
+        start, end = row * size // side, -(-(row + 1) * size // side)
+        matrix[row, start:end] = 1 / (end - start)
+    return matrix
