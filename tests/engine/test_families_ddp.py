@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from family_worker import CONFIGS, MIXED, ROOT, SIZES, run_rank
+from family_worker import CACHED, CASES, CONFIGS, MIXED, ROOT, SIZES, run_rank
 from kd_processes import run_ranks
 
 from projects.kd import load_config
@@ -20,7 +20,7 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(len(SIZES))]
 
 
-@pytest.mark.parametrize("name", (*CONFIGS, MIXED))
+@pytest.mark.parametrize("name", CASES)
 def test_gradients_are_the_mean_and_weights_stay_equal(ranks, name):
     for seen in (rank[name] for rank in ranks):
         assert seen["same"] and seen["learnt"] > 1e-4
@@ -36,6 +36,13 @@ def test_a_level_that_no_head_reads_is_found(ranks):
         assert rank["shapes/retinanet_student_cwd"]["idle"] == [f"student.{name}" for name in top]
         # where every parameter is used, DDP does not look
         assert not rank["shapes/faster_rcnn_student"]["finds"]
+
+
+def test_each_process_keeps_its_own_teachers_answers(ranks):
+    for rank in ranks:
+        assert rank["shapes/retinanet_student_cwd"]["teacher_ran"] == 2
+        # the copy beside it, from which the expected gradients are, has asked before
+        assert rank[CACHED]["teacher_ran"] == 0
 
 
 def test_every_family_is_here():

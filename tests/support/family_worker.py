@@ -32,6 +32,8 @@ CONFIGS = (
     "Cityscapes/DeepLabV3plus_R18",
 )
 MIXED = "shapes/retinanet_student_cwd, unlabelled"  # beside another image, without labels
+CACHED = "shapes/retinanet_student_cwd, cached"  # the second step finds the teacher's answers
+CASES = (*CONFIGS, MIXED, CACHED)
 SIZES = (((64, 96),), ((96, 64),))  # of each rank's image
 CROP = (64, 64)
 
@@ -72,6 +74,7 @@ def two_steps(name: str, folder: str) -> dict:
     """What there is to compare of a config."""
     torch.manual_seed(comm.get_rank())  # DDP has to make the weights equal
     cfg = config(name.partition(",")[0], folder)
+    cfg.KD.TEACHER.CACHE = "ram" if name == CACHED else "off"
     loop = DistillTrainer(cfg)._trainer
     # these train on crops of one size, and their BatchNorm on a 1x1 grid needs two
     sizes = (CROP, CROP) if name.startswith("Cityscapes") else SIZES[comm.get_rank()]
@@ -87,7 +90,9 @@ def two_steps(name: str, folder: str) -> dict:
     with EventStorage(0):
         loop._seed(0)
         sum(loop._losses(alone, batch).values()).backward()
-    parameters = dict(model.named_parameters())
+    parameters, ran = dict(model.named_parameters()), []
+    if hasattr(model, "teacher"):
+        model.teacher.model.backbone.register_forward_hook(lambda *_: ran.append(1))
     expected = {n: mean_over_ranks(g, parameters[n]) for n, g in gradients(alone).items()}
     with EventStorage(0) as storage:
         loop.run_step()
@@ -98,6 +103,7 @@ def two_steps(name: str, folder: str) -> dict:
     main = weights.clone()
     dist.broadcast(main, 0)
     return {
+        "teacher_ran": len(ran),
         "finds": loop.model.find_unused_parameters,
         "idle": sorted(n for n, g in expected.items() if g is None),
         "idle_found": sorted(n for n, g in found.items() if g is None),
@@ -118,6 +124,6 @@ def run_rank(rank: int, folder: str) -> None:
     address = "file://" + os.path.join(folder, "rendezvous")
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=len(SIZES))
     comm.create_local_process_group(len(SIZES))
-    seen = {name: two_steps(name, folder) for name in (*CONFIGS, MIXED)}
+    seen = {name: two_steps(name, folder) for name in CASES}
     torch.save(seen, os.path.join(folder, f"rank{rank}.pt"))
     dist.destroy_process_group()
