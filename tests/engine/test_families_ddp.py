@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from family_worker import CACHED, CASES, CONFIGS, MIXED, ROOT, SIZES, run_rank
+from family_worker import CACHED, CASES, CONFIGS, ROOT, SIZES, run_rank
 from kd_processes import run_ranks
 
 from projects.kd import load_config

@@ -13,6 +13,7 @@ res2..res5 by stride (res<k> has stride 2^k), so they mean the same as detectron
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -170,8 +171,11 @@ class FeatureMap:
     parameters: frozenset[str]
 
 
-def feature_maps(name: str, channels: int = 3) -> list[FeatureMap]:
+@functools.cache
+def feature_maps(name: str, channels: int = 3) -> tuple[FeatureMap, ...]:
     """All maps of a timm model, by timm's index, found on the meta device without computing.
+
+    A name is looked at once in a process: it takes a second.
 
     Raises:
         ConfigError: unknown model, or one that does not take images of any size.
@@ -201,7 +205,7 @@ def feature_maps(name: str, channels: int = 3) -> list[FeatureMap]:
         reached = frozenset(n for n, grad in zip(names, gradients, strict=True) if grad is not None)
         cells = tuple(-(-side // stride) for side in size)
         found.append(FeatureMap(width_c, stride, output.shape == (1, width_c, *cells), reached))
-    return found
+    return tuple(found)
 
 
 def _timm_model(name: str, **options) -> nn.Module:
