@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -35,12 +36,16 @@ def attributes(tree: ast.AST) -> set[str]:
 
 def has(owner: type, name: str) -> bool:
     """A class has it, or its code sets it on ``self``."""
-    if name in vars(owner):
-        return True
+    return name in vars(owner) or re.search(rf"self\.{name}\b", source(owner)) is not None
+
+
+@functools.cache
+def source(owner: type) -> str:
+    """The code of a class, "" where it has none in Python."""
     try:
-        return re.search(rf"self\.{name}\b", inspect.getsource(owner)) is not None
+        return inspect.getsource(owner)
     except (OSError, TypeError):
-        return False
+        return ""
 
 
 def test_the_versions_of_the_page_are_the_pinned_ones():

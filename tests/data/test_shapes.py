@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 from detectron2.config import get_cfg
 from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data import transforms as T
+from kd_processes import run_ranks
 from matplotlib.path import Path
 from PIL import Image
 
@@ -24,7 +23,6 @@ GOLDEN = {  # of make_scene((1, 0)), the first training image
     "mean": 117.0,
     "semantic": [36806, 17176, 0, 10064, 912, 0, 578],
 }
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def arranged(index):
@@ -197,13 +195,12 @@ def test_interrupted_generation_leaves_nothing_that_looks_complete(tmp_path, mon
     assert len(os.listdir(os.path.join(folder, "images"))) == 2
 
 
+def generate(rank, folder):
+    shapes.generate("val", folder, 30)
+
+
 def test_two_processes_do_not_collide(tmp_path):
-    code = "import sys; from projects.kd.data.shapes import generate; generate('val', sys.argv[1])"
-    code = code.replace("sys.argv[1]", "sys.argv[1], 30")
-    command = [sys.executable, "-c", code, str(tmp_path / "val")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    running = [subprocess.Popen(command, cwd=ROOT, env=environment) for _ in range(2)]
-    assert [process.wait(120) for process in running] == [0, 0]
+    run_ranks(generate, str(tmp_path / "val"))
     assert len(os.listdir(tmp_path / "val" / "images")) == 30
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".val")]
 
