@@ -17,6 +17,7 @@ from projects.kd.analysis.flame import flame_svg
 from projects.kd.analysis.shares import label, marked, shares_of
 from projects.kd.commands.benchmark import PARTS as BENCHMARK
 from projects.kd.commands.benchmark import turns
+from projects.kd.evaluation.batches import build_test_loader
 
 
 class Slow(torch.autograd.Function):
@@ -119,14 +120,20 @@ def test_widths_of_the_picture_are_the_shares():
     }
 
 
-def test_the_command_tells_every_part_of_a_distillation_step(config, folder, capsys):
+def test_the_command_tells_every_part_of_a_distillation_step(config, folder, capsys, monkeypatch):
+    evaluated = []
+    monkeypatch.setattr(
+        "projects.kd.commands.benchmark.profile.build_test_loader",
+        lambda *args, **kw: evaluated.append(build_test_loader(*args, **kw)) or evaluated[-1],
+    )
     report = BENCHMARK.call(
         [
             *("profile", "--config-file", config, "--steps", 1, "--warm-up", 1),
             *("--eval-images", 2, "--output", folder / "profile", "SOLVER.CHECKPOINT_PERIOD", 100),
-            *("SOLVER.MAX_ITER", 250, "TEST.EVAL_PERIOD", 0),
+            *("SOLVER.MAX_ITER", 250, "TEST.EVAL_PERIOD", 0, "TEST.IMS_PER_BATCH", 2),
         ]
     )
+    assert max(map(len, evaluated[0].batch_sampler)) == 2
     parts = report["host_ms"]
     loader = {f"kd/loader/{name}" for name in ("read", "augmentation", "annotations")}
     teacher = {f"kd/teacher/{name}" for name in ("preprocess", "backbone")}

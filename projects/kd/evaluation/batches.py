@@ -44,7 +44,9 @@ class EqualBatches(Sampler[list[int]]):
         return len(self.batches)
 
 
-def build_test_loader(cfg: CfgNode, name: str, mapper: Callable) -> DataLoader:
+def build_test_loader(
+    cfg: CfgNode, name: str, mapper: Callable, workers: int | None = None
+) -> DataLoader:
     """Batches of TEST.IMS_PER_BATCH images of a data set, for this process.
 
     Images of equal size are put together, so that a detector pads none further than it would alone.
@@ -55,10 +57,12 @@ def build_test_loader(cfg: CfgNode, name: str, mapper: Callable) -> DataLoader:
         cfg: the full config.
         name: of a registered data set.
         mapper: see :func:`~projects.kd.evaluation.evaluate`.
+        workers: processes that load; None = DATALOADER.NUM_WORKERS.
     """
     size = cfg.TEST.IMS_PER_BATCH
+    workers = cfg.DATALOADER.NUM_WORKERS if workers is None else workers
     if size == 1:
-        return build_detection_test_loader(cfg, name, mapper=mapper)
+        return build_detection_test_loader(cfg, name, mapper=mapper, num_workers=workers)
     proposals = None
     if cfg.MODEL.LOAD_PROPOSALS:
         files = dict(zip(cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST, strict=True))
@@ -69,7 +73,7 @@ def build_test_loader(cfg: CfgNode, name: str, mapper: Callable) -> DataLoader:
     return DataLoader(
         MapDataset(DatasetFromList(images, copy=False), mapper),
         batch_sampler=EqualBatches(list(InferenceSampler(len(images))), kinds, size),
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        num_workers=workers,
         collate_fn=list,
     )
 

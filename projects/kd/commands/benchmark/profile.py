@@ -32,7 +32,6 @@ import tempfile
 import time
 
 import torch
-from detectron2.data import build_detection_test_loader
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile
@@ -48,6 +47,7 @@ from ...data.lazy_loader import lazy_test_loader
 from ...data.mapper import ImageMapper, NamedErrors
 from ...data.register import register_configured
 from ...engine.trainer import DistillTrainer
+from ...evaluation.batches import build_test_loader
 from .step import machine
 
 _FEWEST_SHOWN = 0.0005  # share of a part below which the table leaves it out
@@ -145,12 +145,14 @@ class Run:
         cfg, model, seconds, number = self.cfg, self.trainer.student.eval(), [], 0
         for loader in _test_loaders(cfg):
             number += len(loader.dataset)
-            batches = iter(loader)
-            for _ in range(min(self.args.eval_images, len(loader.dataset))):
+            batches, left = iter(loader), min(self.args.eval_images, len(loader.dataset))
+            while left > 0:
                 start = time.perf_counter()
-                model(next(batches))
+                model(batch := next(batches))
                 synchronize(self.device)
-                seconds.append(time.perf_counter() - start)
+                # each image of a batch takes its part
+                seconds += [(time.perf_counter() - start) / len(batch)] * len(batch)
+                left -= len(batch)
         model.train()
         return (Spread.of(seconds).median if seconds else 0.0), number
 
@@ -161,7 +163,7 @@ def _test_loaders(cfg):
         return
     for name in cfg.DATASETS.TEST:
         mapper = NamedErrors(ImageMapper(cfg, is_train=False))
-        yield build_detection_test_loader(cfg, name, mapper=mapper, num_workers=0)
+        yield build_test_loader(cfg, name, mapper, workers=0)
 
 
 def measure(args, run: Run, progress: Progress):
