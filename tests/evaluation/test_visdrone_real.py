@@ -1,6 +1,6 @@
 """The real VisDrone image: conversion, some iterations, evaluation, result files, pictures.
 
-The same as the commands in datasets/README.md, each in a process of its own.
+The same as the commands in datasets/README.md, those that register data sets in a process each.
 """
 
 import json
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from projects.kd.commands.evaluate import PARTS as EVALUATE
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("KD_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -74,7 +76,7 @@ def test_from_the_archive_to_the_result_files(tmp_path):
     for folder, wanted in ((perfect, 100), (files[0].parent, None)):
         path = tmp_path / "metrics.json"
         words = ["--data", data, "--results", folder, "--output", path]
-        run("tools/evaluate.py", "visdrone", *words)
+        EVALUATE.call(["visdrone", *words])
         result = json.loads(path.read_text())["toolkit"]
         assert wanted is None or result["AP"] == pytest.approx(wanted)
         assert math.isnan(result["AP-bus"]) and np.isfinite(result["AP"])
