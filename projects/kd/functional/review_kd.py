@@ -91,8 +91,7 @@ def _count(mask, channels, like):
 
 def _bins(size: int, side: int, like: torch.Tensor) -> torch.Tensor:
     """(side, size) whose rows take the means of adaptive pooling along one axis."""
-    matrix = like.new_zeros(side, size)
-    for row in range(side):
-        start, end = row * size // side, -(-(row + 1) * size // side)
-        matrix[row, start:end] = 1 / (end - start)
-    return matrix
+    row = torch.arange(side, device=like.device)[:, None]
+    cell = torch.arange(size, device=like.device)
+    inside = (cell >= row * size // side) & (cell * side < (row + 1) * size)
+    return inside.to(like.dtype) / inside.sum(1, keepdim=True)
