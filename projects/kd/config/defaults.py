@@ -121,8 +121,8 @@ def _add_distillation_keys(cfg: CN) -> None:
     balance.PERIOD = 100
     # Share of the old value in the running mean of the share's logarithm.
     balance.EMA = 0.9
-    # The multiplier stays within [1 / BOUND, BOUND]. On images of 128 pixels the published weights of
-    # MGD and ICD were multiplied by 40 to 70, FGFI's at the start by 1200.
+    # The multiplier stays within [1 / BOUND, BOUND]. On images of 128 pixels the published weights
+    # of MGD and ICD were multiplied by 40 to 70, FGFI's at the start by 1200.
     balance.BOUND = 1000.0
     # Iterations between two records of the scalars that heads log.
     kd.LOG_PERIOD = 20
