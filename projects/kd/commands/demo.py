@@ -27,9 +27,8 @@ from PIL import Image
 
 from .. import ConfigError, check_config, load_config
 from ..arguments import Parser, number
-from ..data.images import in_format, read_image
+from ..data.images import IMAGE_SUFFIXES, in_format, read_image
 from ..data.register import register_configured
-from ..data.sem_seg import IMAGE_SUFFIXES
 from ..deploy.use import used_detector
 from ..errors import DataError, exit_on_user_error
 from ..evaluation.tiles import TiledDetector

@@ -24,6 +24,8 @@ from PIL import Image, UnidentifiedImageError
 from ..config import register_config
 from ..errors import DataError
 
+# of the files in a folder that are taken for images
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _ORIENTATION = 274  # the EXIF tag; 5 to 8 exchange width and height
 _SIDEWAYS = (5, 6, 7, 8)
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..errors import ConfigError, DataError
-from .images import image_header, image_size, turned_note
+from .images import IMAGE_SUFFIXES, image_header, image_size, turned_note
 
 IGNORE = 255
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _configured: dict[str, tuple] = {}  # name -> (image folder, label folder, classes)
 
 

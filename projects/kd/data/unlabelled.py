@@ -16,8 +16,7 @@ from ..config.key_table import add_rule
 from ..config.rules import NAMES, whole
 from ..config.teachers import config_of, teacher_names
 from ..errors import ConfigError, DataError
-from .images import image_size
-from .sem_seg import IMAGE_SUFFIXES
+from .images import IMAGE_SUFFIXES, image_size
 
 KEY = "KD.UNLABELED.DATASETS"
 COUNT_KEY = "KD.UNLABELED.IMAGES_PER_BATCH"
