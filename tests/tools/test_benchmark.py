@@ -79,6 +79,16 @@ def test_crosskd_has_a_second_pass_of_the_teachers_last_layers_in_its_base(confi
     assert all(p.grad is None for p in bench.model.teacher.model.parameters())
 
 
+def test_csa_has_a_second_pass_of_the_students_head_in_its_base(config):
+    cfg = load_config(config)
+    with EventStorage(1):
+        bench = Bench(cfg, ("CSA",), (64, 96), 3)
+        last, levels = [], len(bench.ctx.student_features)
+        bench.model.student.head.cls_score.register_forward_hook(lambda *_: last.append(1))
+        bench.base()()
+        assert len(last) == 2 * levels
+
+
 def test_benchmark_steps_train_what_they_should(config):
     cfg = load_config(config)
     cfg.KD.START_ITER = 0

@@ -12,9 +12,7 @@ from ..detectors import configured_classes, offers
 from ..distiller import build_training_model
 from ..engine.optim import build_optimizations
 from ..foreign import foreign_scheme
-from ..heads.output_kd import cell_masks
 from ..levels import scaled_size
-from ..predict import predictor_for
 from .measure import random_batch, settle_norms
 
 
@@ -118,54 +116,30 @@ class Bench:
         run.clear = clear
         return run
 
-    def prediction(self):
-        """A function: the student's detection head, held constant, and its input's gradient."""
-        predictor = predictor_for(self.model.student)
-        features = dict(self.ctx.student_features)
-        inputs = _tensors(features)
-        with torch.no_grad():
-            assigned = predictor.assign(self.ctx)
+    def second_pass(self, name):
+        """A function: a head's second pass, forward and backward to its inputs; None without one.
 
-        def run():
-            with self.autocast():
-                outputs = _tensors(predictor.predict(features, assigned))
-            torch.autograd.grad(sum(x.sum() for x in outputs), inputs, allow_unused=True)
-
-        return run
-
-    def crossing(self, head):
-        """A function: the rest of the teacher's head on the student's maps, and their gradient.
-
-        Args:
-            head: one that crosses.
+        See :meth:`~projects.kd.heads.base.ImitationHead.second_pass`.
         """
-        ours, theirs = head.predictors(self.ctx)
-        with torch.no_grad():
-            towers, places = head.entering(self.ctx, ours, cell_masks(head, self.ctx))
-        towers = {
-            tap: [x if x is None else x.detach().requires_grad_() for x in maps]
-            for tap, maps in towers.items()
-        }
-        inputs = _tensors(towers)
+        found = self.model.heads[name].second_pass(self.ctx.of_head(name))
+        if found is None:
+            return None
+        forward, inputs = found[0], _tensors(found[1])
 
         def run():
             with self.autocast():
-                outputs = _tensors(theirs.resume(towers, head.teacher_depth, places=places))
-            torch.autograd.grad(sum(x.sum() for x in outputs), inputs)
+                outputs = _tensors(forward())
+            torch.autograd.grad(sum(x.sum() for x in outputs), inputs, allow_unused=True)
 
         return run
 
     def base(self):
         """Teacher's forward pass and student step: what distillation cannot do without.
 
-        With a head that predicts also one more pass of the student's detection head, held constant,
-        forward and backward to its input; with one that crosses such a pass of the rest of the
-        teacher's.
+        And the second passes of the heads.
         """
         parts = [self.teacher, step := self.step()]
-        if any(head.predicts for head in self.model.heads.values()):
-            parts.append(self.prediction())
-        parts += [self.crossing(head) for head in self.model.heads.values() if head.crosses]
+        parts += filter(None, map(self.second_pass, self.model.heads))
 
         def run():
             for part in parts:

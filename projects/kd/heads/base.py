@@ -37,8 +37,6 @@ class ImitationHead(nn.Module):
         targets: values of KD.<HEAD>.TARGET, if the head has this key.
         needs_boxes: the head reads ground-truth boxes.
         needs_label_maps: the head reads label maps.
-        predicts: the head runs the student's detection head a second time (timing counts it apart).
-        crosses: it runs the rest of the teacher's detection head on the student's maps (likewise).
         compares: metadata ("thing_classes", "stuff_classes", "keypoint_names") whose predictions
             are compared one by one, so teacher and data set must have the same names.
 
@@ -58,8 +56,6 @@ class ImitationHead(nn.Module):
     supports: tuple[str, ...] = ()
     needs_boxes: bool = False
     needs_label_maps: bool = False
-    predicts: bool = False
-    crosses: bool = False
     compares: tuple[str, ...] = ()
 
     def __init__(self, *, levels: Sequence[str], weight: float, mask_padding: bool):
@@ -111,6 +107,21 @@ class ImitationHead(nn.Module):
 
         None, as here, means all of them. What no head reads need not be computed, and may be
         missing in the context. Other taps are not meant.
+        """
+        return None
+
+    def second_pass(self, ctx: DistillContext):
+        """A further pass of a detection head that no form of the method can do without.
+
+        Timing (``kd-benchmark step``) counts it, forward and backward to its inputs, to what
+        distillation costs in any case.
+
+        Args:
+            ctx: of a step, whose maps are cut off from the networks.
+
+        Returns:
+            A function that gives the pass's outputs, and the inputs that its gradient goes to, both
+            tensors in any nesting; None, as here, where there is no such pass.
         """
         return None
 

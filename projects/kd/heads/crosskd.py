@@ -106,8 +106,6 @@ class CrossKD(DenseImitation):
         **base: see :class:`DenseImitation`.
     """
 
-    crosses = True
-
     def __init__(
         self,
         *,
@@ -230,6 +228,17 @@ class CrossKD(DenseImitation):
         if gains:
             ctx.put_scalar("kd/crosskd_gain", torch.stack(gains).amax())
         return towers, places
+
+    def second_pass(self, ctx: DistillContext):
+        """The rest of the teacher's head on the student's maps."""
+        ours, theirs = self.predictors(ctx)
+        with torch.no_grad():
+            towers, places = self.entering(ctx, ours, cell_masks(self, ctx))
+        inputs = {
+            tap: [x if x is None else x.detach().requires_grad_() for x in maps]
+            for tap, maps in towers.items()
+        }
+        return lambda: theirs.resume(inputs, self.teacher_depth, places=places), inputs
 
     def maps(self, ctx: DistillContext, place: int, level: str, tap: str):
         """The student's map of a level and a branch, and the teacher's."""

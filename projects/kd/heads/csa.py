@@ -101,7 +101,6 @@ class CSA(ImitationHead):
     """
 
     needs_boxes = True
-    predicts = True
 
     def __init__(
         self,
@@ -184,6 +183,13 @@ class CSA(ImitationHead):
         pairs = predictor.pairs(student, assistant, assigned, **options)
         scheduled = prediction_losses(pairs, "csa", self.weights, self.weight, confident=False)
         return {**scheduled, **auxiliary}
+
+    def second_pass(self, ctx: DistillContext):
+        """The student's detection head, held constant."""
+        predictor, features = predictor_for(ctx.student), dict(ctx.student_features)
+        with torch.no_grad():
+            assigned = predictor.assign(ctx)
+        return lambda: predictor.predict(features, assigned), features
 
     @torch.no_grad()
     def _log(self, ctx, predictor, student, assigned, losses) -> None:
