@@ -31,7 +31,9 @@ from .detectors import padding_of, taps_for
 from .errors import ConfigError, DataError
 from .heads.base import build_imitation_heads
 from .levels import StudentPadding, common_divisibility, pair_levels
-from .modeling.narrow_maps import guard_narrow_maps
+from .modeling.half_on_cpu import use_full_precision
+from .modeling.roi_align import use_sparse_gradients
+from .precision import memory_format
 from .schedule import Ramp, build_ramp
 from .taps import FeatureTaps
 from .teacher import Teacher
@@ -346,7 +348,11 @@ def build_training_model(cfg) -> nn.Module:
         model = META_ARCH_REGISTRY.get(cfg.KD.META_ARCHITECTURE)(cfg).to(cfg.MODEL.DEVICE)
     else:
         model = build_detector(cfg)
-    return guard_narrow_maps(model)
+    student = student_of(model)
+    if hasattr(student, "backbone"):
+        student.backbone.to(memory_format=memory_format(cfg))
+    use_sparse_gradients(student)
+    return use_full_precision(model)
 
 
 def student_of(model: nn.Module) -> nn.Module:

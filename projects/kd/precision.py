@@ -1,4 +1,4 @@
-"""The precision of a training step."""
+"""The precision of a training step, and the order of its numbers in memory."""
 
 from __future__ import annotations
 
@@ -29,6 +29,14 @@ def step_dtype(cfg) -> torch.dtype | None:
     text = f"SOLVER.AMP.DTYPE auto: {name} on this {cfg.MODEL.DEVICE}"
     log_first_n(logging.INFO, text, name=__name__, key="message")
     return dtype
+
+
+def memory_format(cfg) -> torch.memory_format:
+    """Of the student's backbone, see SOLVER.MEMORY_FORMAT."""
+    name = cfg.SOLVER.MEMORY_FORMAT
+    if name == "auto":
+        name = "channels_last" if cfg.MODEL.DEVICE == "cpu" else "contiguous_format"
+    return getattr(torch, name)
 
 
 def cpu_computes_bfloat16() -> bool:

@@ -16,7 +16,7 @@ from .context import ModelInfo
 from .detectors import taps_for
 from .errors import ConfigError
 from .levels import canvas_size, cut, needed_divisibility, square_side
-from .modeling.narrow_maps import guard_narrow_maps
+from .modeling.half_on_cpu import use_full_precision
 from .shared_classes import SharedClasses
 from .taps import FeatureTaps, TapSpec, run_tapped
 from .teacher_cache import FeatureCache, digest, identity
@@ -59,7 +59,7 @@ class Teacher:
         fuse: bool = True,
         cache: FeatureCache | None = None,
     ):
-        self.model = guard_narrow_maps(model).eval().requires_grad_(False)
+        self.model = use_full_precision(model).eval().requires_grad_(False)
         self.input_format = input_format
         self.cfg = cfg
         self.names = dict(names or {})

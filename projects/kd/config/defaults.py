@@ -198,6 +198,10 @@ def _add_solver_keys(cfg: CN) -> None:
     # or "auto": bfloat16 where the device has instructions for it, else float16 on a GPU and
     # float32 on a CPU.
     solver.AMP.DTYPE = "float16"
+    # Order in memory of the weights of the student's backbone, and by them of the maps of all that
+    # follows: "contiguous_format", "channels_last" (faster convolutions on many processors), or
+    # "auto": channels_last on a CPU. Results are the same but for rounding.
+    solver.MEMORY_FORMAT = "auto"
     # Iterations between two logs of the losses, which are gathered from all processes.
     solver.GATHER_METRIC_PERIOD = 20
     # True: several processes find out in each step which parameters get a gradient. This happens by

@@ -269,6 +269,7 @@ _REST: dict[str, Rule] = {
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": POSITIVE,
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": above(0, infinite=True),
     "SOLVER.AMP.DTYPE": one_of("auto", "float16", "bfloat16"),
+    "SOLVER.MEMORY_FORMAT": one_of("auto", "contiguous_format", "channels_last"),
     "SOLVER.ACCUM_STEPS": COUNT,
     "SOLVER.GATHER_METRIC_PERIOD": COUNT,
     "SOLVER.EMA.DECAY": share(),

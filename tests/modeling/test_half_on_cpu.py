@@ -1,4 +1,4 @@
-"""Half precision on a CPU: convolutions that torch computes wrongly on narrow maps are right."""
+"""Half precision on a CPU: convolutions that torch computes wrongly or slowly are in fp32."""
 
 import copy
 
@@ -9,7 +9,7 @@ from detectron2.layers import Conv2d
 from timm.layers import CondConv2d, Conv2dSame, ScaledStdConv2d
 from torch import nn
 
-from projects.kd.modeling.narrow_maps import guard_narrow_maps
+from projects.kd.modeling.half_on_cpu import use_full_precision
 
 SHAPES = ((1, 1), (2, 1), (9, 1), (9, 2), (9, 3))
 
@@ -58,7 +58,7 @@ CONVOLUTIONS = {
 def test_narrow_maps_are_as_in_fp32(name):
     torch.manual_seed(0)
     plain = CONVOLUTIONS[name]()
-    guarded = guard_narrow_maps(copy.deepcopy(plain))
+    guarded = use_full_precision(copy.deepcopy(plain))
     for shape in SHAPES:
         x = torch.randn(8, plain.in_channels, *shape).bfloat16().float()
         grad = torch.randn_like(plain(x)).bfloat16().float()
@@ -71,7 +71,7 @@ def test_experts():
     conv = CondConv2d(32, 32, 3, 2, 1, num_experts=2)
     x, routing = torch.randn(4, 32, 9, 2).bfloat16().float(), torch.rand(4, 2)
     expected = conv(x, routing)
-    guard_narrow_maps(conv)
+    use_full_precision(conv)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         spoil_free_memory()
         found = conv(x, routing)
@@ -86,7 +86,7 @@ def test_wider_maps_stay_in_half_precision(width):
     x = torch.randn(2, 16, 4, width)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = conv(x)
-        found = guard_narrow_maps(conv)(x)
+        found = use_full_precision(conv)(x)
     assert torch.equal(found, expected)
 
 
@@ -94,16 +94,34 @@ def test_nothing_changes_without_autocast():
     conv = nn.Conv2d(8, 8, 3, 2, 1)
     x, names = torch.randn(2, 8, 5, 1), list(conv.state_dict())
     expected, text = conv(x), str(conv)
-    guarded = guard_narrow_maps(guard_narrow_maps(conv))
+    guarded = use_full_precision(use_full_precision(conv))
     assert torch.equal(guarded(x), expected) and guarded(x).dtype == torch.float32
     assert list(guarded.state_dict()) == names and str(guarded) == text
     assert torch.equal(copy.deepcopy(guarded)(x), expected)
 
 
-def test_only_strides_along_the_width_are_guarded():
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 1), (5, 2), (7, 1)])
+def test_slow_depthwise_convolutions_are_in_fp32(kernel, stride):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(16, 16, kernel, stride, kernel // 2, groups=16)
+    ours = use_full_precision(copy.deepcopy(conv))
+    x = torch.randn(2, 16, 9, 11).bfloat16()
+    x, grad = x.requires_grad_(), torch.randn_like(conv(x.float())).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ours(x)
+    expected = conv(x.float())
+    assert torch.equal(found, expected.bfloat16())
+    mine = torch.autograd.grad(found, [x, *ours.parameters()], grad)
+    full = torch.autograd.grad(expected, [x, *conv.parameters()], grad.float())
+    for one, other in zip(mine, full, strict=True):
+        torch.testing.assert_close(one, other.to(one.dtype))
+
+
+def test_only_strides_along_the_width_and_slow_ones_are_guarded():
     plain = [nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, (2, 1)), nn.Linear(2, 2)]
-    kinds = [type(module) for module in guard_narrow_maps(nn.Sequential(*plain))]
-    assert kinds == [nn.Conv2d, nn.Conv2d, nn.Linear]
+    plain += [nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 5, groups=2), nn.Conv2d(1, 4, 5)]
+    kinds = [type(module) for module in plain]
+    assert [type(module) for module in use_full_precision(nn.Sequential(*plain))] == kinds
 
 
 def test_student_and_teacher_of_a_training_step(tmp_path):
