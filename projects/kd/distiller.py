@@ -19,25 +19,22 @@ from .building import build_detector
 from .config.teachers import (
     config_of,
     config_of_head,
-    module_name,
     teacher_names,
     told_of,
     weight_of,
 )
-from .context import DistillContext, ModelInfo
-from .data.classes import compare_with_teacher
+from .context import DistillContext
 from .data.unlabelled import FLAG
 from .detectors import padding_of, taps_for
 from .errors import ConfigError, DataError
-from .heads.base import build_imitation_heads
-from .levels import StudentPadding, common_divisibility, pair_levels
+from .levels import StudentPadding, common_divisibility
 from .modeling.half_on_cpu import use_full_precision
 from .modeling.roi_align import use_sparse_gradients
-from .precision import memory_format
+from .precision import in_channels_last
 from .schedule import Ramp, build_ramp
 from .taps import FeatureTaps
 from .teacher import Teacher
-from .teacher_building import build_teacher
+from .teacher_building import link_to_teacher
 from .teacher_link import TeacherLink, extra_taps, on_device, with_digests
 from .unlabelled import check_heads, context_of, join, observe_unlabelled, parts_of
 
@@ -286,62 +283,6 @@ def _scheduled(loss: torch.Tensor, factor: float) -> torch.Tensor:
     return loss * factor
 
 
-def paired_infos(cfg, student: nn.Module, teacher: Teacher, level_map: Mapping[str, str]):
-    """Both sides as heads see them: shapes of the paired levels under the student's names."""
-    ours, theirs = student.backbone.output_shape(), teacher.model.backbone.output_shape()
-    student_info = ModelInfo(
-        model=student,
-        shapes={level: ours[level] for level in level_map},
-        taps=frozenset(taps_for(student)),
-        cfg=cfg,
-    )
-    teacher_info = ModelInfo(
-        model=teacher.model,
-        shapes={level: theirs[other] for level, other in level_map.items()},
-        taps=frozenset(taps_for(teacher.model)),
-        cfg=teacher.cfg,
-        own_names=dict(level_map),
-        shared=teacher.shared,
-    )
-    return student_info, teacher_info
-
-
-def link_to_teacher(
-    cfg, student: nn.Module, name: str = ""
-) -> tuple[TeacherLink, dict[str, nn.Module]]:
-    """Build a teacher and its heads.
-
-    Args:
-        cfg: of this teacher, see :func:`~projects.kd.config.teachers.config_of`.
-        student: the detector.
-        name: in KD.TEACHERS.
-
-    Returns:
-        The link, and the heads by the names of their modules.
-
-    Raises:
-        ConfigError: what :func:`build_teacher` and the heads refuse; of several teachers also one
-            that shares no level with the student.
-    """
-    teacher = build_teacher(cfg)
-    backbones = student.backbone, teacher.model.backbone
-    level_map = pair_levels(cfg.KD.LEVEL_MAP, *backbones, required=bool(name))
-    infos = paired_infos(cfg, student, teacher, level_map)
-    heads = build_imitation_heads(cfg, *infos)
-    compared = {head: module.compares for head, module in heads.items()}
-    compare_with_teacher(cfg, teacher.names, compared, teacher.shared)
-    own = {module_name(name, head): module for head, module in heads.items()}
-    link = TeacherLink(
-        teacher,
-        level_map,
-        tuple(own),
-        name,
-        scale=cfg.KD.TEACHER.INPUT_SCALE,
-        compiled=cfg.KD.TEACHER.COMPILE,
-    )
-    return link, own
-
-
 def build_training_model(cfg) -> nn.Module:
     """What is trained: the plain student, or the wrapper that KD.META_ARCHITECTURE names."""
     if cfg.KD.META_ARCHITECTURE:
@@ -349,8 +290,8 @@ def build_training_model(cfg) -> nn.Module:
     else:
         model = build_detector(cfg)
     student = student_of(model)
-    if hasattr(student, "backbone"):
-        student.backbone.to(memory_format=memory_format(cfg))
+    if in_channels_last(cfg.SOLVER.CHANNELS_LAST, cfg.MODEL.DEVICE):
+        getattr(student, "backbone", student).to(memory_format=torch.channels_last)
     use_sparse_gradients(student)
     return use_full_precision(model)
 

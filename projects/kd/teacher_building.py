@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from detectron2.modeling import META_ARCH_REGISTRY
+from torch import nn
 
 from .building import build_detector
 from .config import LazyNode, load_config
 from .config.key_checks import TEACHER_KEYS, check_each
+from .config.teachers import module_name
+from .context import ModelInfo
+from .data.classes import compare_with_teacher
 from .data.register import names_by_kind
+from .detectors import taps_for
 from .errors import ConfigError, UserError, did_you_mean
 from .files import published_weights, resolve_config
 from .foreign import build_foreign, foreign_scheme
+from .heads.base import build_imitation_heads
+from .levels import pair_levels
 from .modeling.class_layers import map_classes
+from .precision import in_channels_last
 from .teacher import Teacher
 from .teacher_cache import build_cache, check_cache
+from .teacher_link import TeacherLink
 from .weights.files import modules_in
 from .weights.loading import load_weights
 
@@ -50,12 +59,68 @@ def build_teacher(cfg) -> Teacher:
         shared=class_map.shared,
         source=f"config {node.CONFIG_FILE}, weights {weights or 'random'}",
         dtype=node.DTYPE,
-        channels_last=node.CHANNELS_LAST,
+        channels_last=in_channels_last(node.CHANNELS_LAST, cfg.MODEL.DEVICE),
         fuse=node.FUSE,
         cache=build_cache(cfg),
     )
     logger.info("%r", teacher)
     return teacher
+
+
+def paired_infos(cfg, student: nn.Module, teacher: Teacher, level_map: Mapping[str, str]):
+    """Both sides as heads see them: shapes of the paired levels under the student's names."""
+    ours, theirs = student.backbone.output_shape(), teacher.model.backbone.output_shape()
+    student_info = ModelInfo(
+        model=student,
+        shapes={level: ours[level] for level in level_map},
+        taps=frozenset(taps_for(student)),
+        cfg=cfg,
+    )
+    teacher_info = ModelInfo(
+        model=teacher.model,
+        shapes={level: theirs[other] for level, other in level_map.items()},
+        taps=frozenset(taps_for(teacher.model)),
+        cfg=teacher.cfg,
+        own_names=dict(level_map),
+        shared=teacher.shared,
+    )
+    return student_info, teacher_info
+
+
+def link_to_teacher(
+    cfg, student: nn.Module, name: str = ""
+) -> tuple[TeacherLink, dict[str, nn.Module]]:
+    """Build a teacher and its heads.
+
+    Args:
+        cfg: of this teacher, see :func:`~projects.kd.config.teachers.config_of`.
+        student: the detector.
+        name: in KD.TEACHERS.
+
+    Returns:
+        The link, and the heads by the names of their modules.
+
+    Raises:
+        ConfigError: what :func:`build_teacher` and the heads refuse; of several teachers also one
+            that shares no level with the student.
+    """
+    teacher = build_teacher(cfg)
+    backbones = student.backbone, teacher.model.backbone
+    level_map = pair_levels(cfg.KD.LEVEL_MAP, *backbones, required=bool(name))
+    infos = paired_infos(cfg, student, teacher, level_map)
+    heads = build_imitation_heads(cfg, *infos)
+    compared = {head: module.compares for head, module in heads.items()}
+    compare_with_teacher(cfg, teacher.names, compared, teacher.shared)
+    own = {module_name(name, head): module for head, module in heads.items()}
+    link = TeacherLink(
+        teacher,
+        level_map,
+        tuple(own),
+        name,
+        scale=cfg.KD.TEACHER.INPUT_SCALE,
+        compiled=cfg.KD.TEACHER.COMPILE,
+    )
+    return link, own
 
 
 def _build_from_file(cfg):

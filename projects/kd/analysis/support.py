@@ -10,10 +10,10 @@ import torch
 from detectron2.modeling import build_model
 
 from ..config import load_config
-from ..distiller import paired_infos
 from ..errors import ConfigError
 from ..heads.base import IMITATION_HEAD_REGISTRY, build_imitation_heads
 from ..levels import pair_levels
+from ..teacher_building import paired_infos
 
 BEGIN, END = "<!-- methods x detectors: begin -->", "<!-- methods x detectors: end -->"
 PLAIN = "yes"  # a head that takes no target

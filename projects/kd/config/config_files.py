@@ -20,7 +20,8 @@ from .yaml_files import check_yaml
 # files that are being read: each is the base of the one before it
 _CHAIN: ContextVar[tuple[str, ...]] = ContextVar("chain", default=())
 BY_NAME = "by_name"
-NULLABLE = "SOLVER.WEIGHT_DECAY_BIAS"  # the one key of detectron2 whose None means something
+# the keys whose None means something; the first is detectron2's
+NULLABLE = ("SOLVER.WEIGHT_DECAY_BIAS", "SOLVER.CHANNELS_LAST", "KD.TEACHER.CHANNELS_LAST")
 
 
 class ConfigFile(CN):
@@ -106,7 +107,7 @@ def check_keys(raw: CN, cfg: CN, path: str, prefix: str = "") -> None:
         if node is _MISSING:
             if not cfg.key_is_deprecated(full) and not cfg.key_is_renamed(full):
                 raise ConfigError(f"{path}: {unknown_key(cfg, full)}")
-        elif value is None and full != NULLABLE:
+        elif value is None and full not in NULLABLE:
             raise ConfigError(f"{path}: {full} has no value; write one, or remove the line")
         elif isinstance(node, CN):
             if not isinstance(value, CN):
@@ -128,7 +129,7 @@ def check_override(key, value, cfg: CN, source: str) -> None:
         raise ConfigError(f"{source}: {unknown_key(cfg, str(key))}")
     if isinstance(node, CN):
         raise ConfigError(f"{source}: {key} is a group of keys; set one of them")
-    if (value is None or value == "None") and key != NULLABLE:
+    if (value is None or value == "None") and key not in NULLABLE:
         raise ConfigError(f"{source}: {key} has no value")
 
 

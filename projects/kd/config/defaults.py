@@ -153,8 +153,8 @@ def _add_distillation_keys(cfg: CN) -> None:
     teacher.INPUT_SCALE = 1.0
     # "auto" = the precision of the training step; or "float32", "bfloat16", "float16".
     teacher.DTYPE = "auto"
-    # Run the teacher's convolutions in channels-last memory format.
-    teacher.CHANNELS_LAST = False
+    # Run the teacher's convolutions in channels-last memory format; None = on a CPU.
+    teacher.CHANNELS_LAST = None
     # Run its backbone with batch norms (frozen or not) as part of the convolutions before them. The
     # result is compared with the plain form when training starts; where it differs by more than
     # 1e-5 of the largest value, or a head reads a norm, they stay. False = they stay anyway.
@@ -198,10 +198,9 @@ def _add_solver_keys(cfg: CN) -> None:
     # or "auto": bfloat16 where the device has instructions for it, else float16 on a GPU and
     # float32 on a CPU.
     solver.AMP.DTYPE = "float16"
-    # Order in memory of the weights of the student's backbone, and by them of the maps of all that
-    # follows: "contiguous_format", "channels_last" (faster convolutions on many processors), or
-    # "auto": channels_last on a CPU. Results are the same but for rounding.
-    solver.MEMORY_FORMAT = "auto"
+    # Run the student's backbone, and by its maps all that follows, in channels-last memory format;
+    # None = on a CPU. Results are the same but for rounding.
+    solver.CHANNELS_LAST = None
     # Iterations between two logs of the losses, which are gathered from all processes.
     solver.GATHER_METRIC_PERIOD = 20
     # True: several processes find out in each step which parameters get a gradient. This happens by

@@ -6,9 +6,9 @@ gradient where the input is one cell wide too, as they lay in memory. That is p7
 for example. Found by comparing all small shapes with fp32; neither stride 1 nor a wider map shows
 it. The transposed convolution has the same fault in the other direction.
 
-Slowly: depthwise convolutions with a stride or a kernel of more than 3 cells, of which the MobileNets
-are full. In bfloat16 they take from two to eight times as long as in fp32, and a whole
-mobilenetv3_small longer than in fp32; ordinary ones, and those of 3 cells at stride 1, are faster.
+Slowly: depthwise convolutions with a stride or a kernel of more than 3 cells, of which the
+MobileNets are full. In bfloat16 they take from two to eight times as long as in fp32, and a whole
+mobilenetv3_small longer than in fp32; ordinary ones, and those of 3 cells at stride 1, do not.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class _InFullPrecision:
 def use_full_precision(model: nn.Module) -> nn.Module:
     """Let the convolutions of a model that half precision spoils or slows down on a CPU be in fp32.
 
-    In place, and without effect on a GPU and without autocast; the result has autocast's type. Their
-    classes become subclasses under the same name; parameters and their names stay. Convolutions that
-    a model calls as functions are not reached.
+    In place, and without effect on a GPU and without autocast; the result has autocast's type.
+    Their classes become subclasses under the same name; parameters and their names stay.
+    Convolutions that a model calls as functions are not reached.
     """
     for module in model.modules():
         known = isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, CondConv2d))

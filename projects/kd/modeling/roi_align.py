@@ -1,9 +1,9 @@
 """ROIAlign whose gradient is one sparse product on a CPU.
 
-torchvision's backward pass on a CPU goes through every channel of every sample of every region, and
-computes the sample's place and weights anew for each channel. In a step of a small R-CNN it takes as
-long as the whole backbone. The gradient is linear in that of the output, with weights that all
-channels share: a sparse matrix, cells by bins, times a dense one, bins by channels.
+torchvision's backward pass on a CPU goes through every channel of every sample of every region,
+and computes the sample's place and weights anew for each channel. In a step of a small R-CNN it
+takes as long as the whole backbone. The gradient is linear in that of the output, with weights that
+all channels share: a sparse matrix, cells by bins, times a dense one, bins by channels.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ def roi_align_gradient(
     dtype = torch.promote_types(grad.dtype, torch.float32)
     bins = grad.shape[-2:]
     regions = rois[:, 1:].to(dtype) * spatial_scale - (0.5 if aligned else 0.0)
-    start, size = regions[:, :2], regions[:, 2:] - regions[:, :2]
+    start, extent = regions[:, :2], regions[:, 2:] - regions[:, :2]
     if not aligned:
-        size = size.clamp(min=1.0)
-    per_bin = size / torch.tensor([bins[1], bins[0]], dtype=dtype)
-    samples = per_bin.ceil() if sampling_ratio <= 0 else torch.full_like(size, sampling_ratio)
+        extent = extent.clamp(min=1.0)
+    per_bin = extent / torch.tensor([bins[1], bins[0]], dtype=dtype)
+    samples = per_bin.ceil() if sampling_ratio <= 0 else torch.full_like(extent, sampling_ratio)
     most = samples.amax(1).int()
     place = torch.arange(bins[0] * bins[1]).view(*bins, 1, 1)
     rows, columns, weights = [], [], []
@@ -98,12 +98,10 @@ def roi_align_gradient(
         weights.append((y_weight[:, :, None, :, None] * x_weight[:, None, :, None, :]).flatten())
     if not rows:
         return grad.new_zeros(shape, dtype=dtype)
-    matrix = torch.sparse_coo_tensor(
-        torch.stack([torch.cat(rows), torch.cat(columns)]),
-        torch.cat(weights),
-        (images * height * width, grad.shape[0] * bins[0] * bins[1]),
-        check_invariants=False,
-    )
+    indices = torch.stack([torch.cat(rows), torch.cat(columns)])
+    size = images * height * width, grad.shape[0] * bins[0] * bins[1]
+    with torch.sparse.check_sparse_tensor_invariants(False):  # said, or torch warns
+        matrix = torch.sparse_coo_tensor(indices, torch.cat(weights), size)
     dense = grad.to(dtype).permute(0, 2, 3, 1).reshape(-1, channels)
     return torch.sparse.mm(matrix, dense).view(images, height, width, channels).permute(0, 3, 1, 2)
 

@@ -33,13 +33,13 @@ from ...analysis.pictures import data_set_entry, write_picture
 from ...arguments import Parser, output_file, whole
 from ...data.mapper import build_annotated_mapper
 from ...data.register import register_configured
-from ...distiller import paired_infos
 from ...engine.inherit import inherit
 from ...errors import ConfigError
 from ...functional.icd import summed_attention
 from ...functional.icd_values import token_distance
 from ...heads.icd import fgfi_mask
 from ...heads.icd_decoder import project
+from ...teacher_building import paired_infos
 from ...weights.loading import load_detector, load_run
 
 
