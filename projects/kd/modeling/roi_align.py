@@ -71,34 +71,24 @@ def roi_align_gradient(
     per_bin = extent / torch.tensor([bins[1], bins[0]], dtype=dtype)
     samples = per_bin.ceil() if sampling_ratio <= 0 else torch.full_like(extent, sampling_ratio)
     most = samples.amax(1).int()
-    place = torch.arange(bins[0] * bins[1]).view(*bins, 1, 1)
-    rows, columns, weights = [], [], []
-    for count in most.unique().tolist():
-        if count < 1:
-            continue
+    own_bins = torch.arange(bins[0] * bins[1]).view(*bins, 1, 1)
+    cells, places, weights = [], [], []
+    for count in most[most > 0].unique().tolist():
         chosen = torch.nonzero(most == count)[:, 0]
-        (x, x_weight), (y, y_weight) = (
-            _cells(
-                start[chosen, axis],
-                per_bin[chosen, axis],
-                samples[chosen, axis],
-                bins[1 - axis],
-                count,
-                (width, height)[axis],
-            )
-            for axis in (0, 1)
-        )
+        parts = start[chosen], per_bin[chosen], samples[chosen]
+        x, x_weight = _along_side(*(part[:, 0] for part in parts), bins[1], count, width)
+        y, y_weight = _along_side(*(part[:, 1] for part in parts), bins[0], count, height)
         if sampling_ratio <= 0:  # neighbouring samples share cells
             (x, x_weight), (y, y_weight) = _merged(x, x_weight, width), _merged(y, y_weight, height)
-        first = rois[chosen, 0].long()[:, None, None, None, None] * height
-        cell = (first + y[:, :, None, :, None]) * width + x[:, None, :, None, :]
-        rows.append(cell.flatten())
-        offset = chosen[:, None, None, None, None] * (bins[0] * bins[1])
-        columns.append((offset + place).expand_as(cell).flatten())
+        image = _in_front_of_four(rois[chosen, 0].long())
+        cell = (image * height + y[:, :, None, :, None]) * width + x[:, None, :, None, :]
+        place = _in_front_of_four(chosen) * (bins[0] * bins[1]) + own_bins
+        cells.append(cell.flatten())
+        places.append(place.expand_as(cell).flatten())
         weights.append((y_weight[:, :, None, :, None] * x_weight[:, None, :, None, :]).flatten())
-    if not rows:
+    if not cells:
         return grad.new_zeros(shape, dtype=dtype)
-    indices = torch.stack([torch.cat(rows), torch.cat(columns)])
+    indices = torch.stack([torch.cat(cells), torch.cat(places)])
     size = images * height * width, grad.shape[0] * bins[0] * bins[1]
     with torch.sparse.check_sparse_tensor_invariants(False):  # said, or torch warns
         matrix = torch.sparse_coo_tensor(indices, torch.cat(weights), size)
@@ -122,7 +112,11 @@ class _Function(torch.autograd.Function):
         return result, None, None, None, None, None
 
 
-def _cells(start, per_bin, samples, bins: int, count: int, extent: int):
+def _in_front_of_four(x: torch.Tensor) -> torch.Tensor:
+    return x[:, None, None, None, None]
+
+
+def _along_side(start, per_bin, samples, bins: int, count: int, extent: int):
     """Along one side: the cells, (R, bins, 2 * count), and weights of all samples of each bin.
 
     ``samples`` is how many of ``count`` places a region uses; the other weights are 0.
