@@ -10,7 +10,7 @@ import pytest
 import torch
 import toy_data
 
-from projects.kd import distiller, evaluation
+from projects.kd import evaluation, teacher_building
 from projects.kd.commands import train
 from projects.kd.errors import ConfigError
 
@@ -74,7 +74,7 @@ def test_train_refuse_resume_evaluate(config, tmp_path):
 def test_eval_only_never_builds_a_teacher(config, tmp_path, monkeypatch):
     path, evaluated = config
     teacher = kd_models.write_teacher(tmp_path)
-    monkeypatch.setattr(distiller, "build_teacher", lambda cfg: pytest.fail("teacher built"))
+    monkeypatch.setattr(teacher_building, "build_teacher", lambda cfg: pytest.fail("teacher built"))
     options = ["KD.META_ARCHITECTURE", "DistillMetaArch", "KD.HEADS", "('Mimic',)"]
     options += ["KD.TEACHER.CONFIG_FILE", teacher[0], "KD.TEACHER.WEIGHTS", "missing.pth"]
     run("--config-file", path, "--eval-only", "--untrained", *options)

@@ -48,7 +48,7 @@ def distilled(folder, name, teacher, heads=("CWD",), more=""):
 
 def test_a_plain_student_trains_as_a_loop_of_the_files_own_parts(tmp_path, data):
     path = kd_lazy.write_training(tmp_path, "fcos", NAME)
-    trainer = start(load_config(path), seed=0)
+    trainer = start(load_config(path, ["SOLVER.CHANNELS_LAST=False"]), seed=0)
     trainer.train()
 
     lazy = LazyConfig.load(path)

@@ -26,6 +26,7 @@ _SHARED = {
     "MODEL.FPN.OUT_CHANNELS": 16,
     "INPUT.MIN_SIZE_TEST": 64,
     "INPUT.MAX_SIZE_TEST": 96,
+    "SOLVER.CHANNELS_LAST": False,  # as detectron2's own detectors, for comparisons to the bit
     "SOLVER.IMS_PER_BATCH": 2,
     "SOLVER.BASE_LR": 0.01,
     "DATASETS.TRAIN": ("shapes_train",),
