@@ -72,7 +72,7 @@ def align_spatial(
     if valid is None:
         return _resize(teacher, wanted)
     share = _resize(valid.to(teacher.dtype), wanted)
-    return _resize(teacher.masked_fill(~valid, 0.0), wanted) / share.masked_fill(share == 0, 1.0)
+    return _resize(torch.where(valid, teacher, 0.0), wanted) / share.masked_fill(share == 0, 1.0)
 
 
 def _resize(values: torch.Tensor, wanted: tuple[int, int]) -> torch.Tensor:

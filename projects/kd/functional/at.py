@@ -50,5 +50,5 @@ def at_loss(
 def _attention(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """(N, H*W) of L2 norm 1, all 0 for a map of zeros."""
     if mask is not None:  # before the square: what lies outside may be infinite
-        values = values.masked_fill(~mask, 0.0)
+        values = torch.where(mask, values, 0.0)
     return F.normalize(values.square().mean(1).flatten(1), dim=1)

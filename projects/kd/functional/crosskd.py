@@ -52,7 +52,7 @@ def _statistics(maps, mask):
         cells = maps.new_tensor(maps.numel() // maps.shape[1])
     else:
         cells = mask.sum().clamp(min=1).to(maps.dtype)
-        maps = maps.masked_fill(~mask, 0.0)
+        maps = torch.where(mask, maps, 0.0)
     mean = maps.sum((0, 2, 3)) / cells
     centred = maps - _wide(mean)
     if mask is not None:
@@ -108,7 +108,7 @@ class _Align(torch.autograd.Function):
         centred = student - _wide(mean)
         if mask is not None:  # what lies outside may be infinite
             centred.masked_fill_(~mask, 0.0)
-            grad = grad.masked_fill(~mask, 0.0)
+            grad = torch.where(mask, grad, 0.0)
         along = (grad * centred).sum((0, 2, 3)) * slope
         result = centred.mul_(_wide(-along)).add_(grad).sub_(_wide(grad.sum((0, 2, 3)) / cells))
         result.mul_(_wide(factor))

@@ -65,9 +65,9 @@ def standardise(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch
     if mask is None:
         variance, mean = torch.var_mean(values, (0, 2, 3), correction=0, keepdim=True)
         return (values - mean) * (variance + EPSILON).rsqrt()
-    inside = values.masked_fill(~mask, 0.0)  # what lies outside may be infinite
+    inside = torch.where(mask, values, 0.0)  # what lies outside may be infinite
     mean = inside.sum((0, 2, 3), keepdim=True) / mask.sum()
-    centred = (inside - mean).masked_fill(~mask, 0.0)
+    centred = torch.where(mask, inside - mean, 0.0)
     variance = centred.square().sum((0, 2, 3), keepdim=True) / mask.sum()
     return centred * (variance + EPSILON).rsqrt()
 

@@ -47,7 +47,7 @@ def ifvd_loss(
     if mask is not None:
         known &= mask.flatten(1)
         cells = mask.sum().clamp(min=1)
-        student, teacher = (x.masked_fill(~mask, 0.0) for x in (student, teacher))
+        student, teacher = (torch.where(mask, x, 0.0) for x in (student, teacher))
     index = labels.masked_fill(~known, num_classes)
     members = F.one_hot(index, num_classes + 1)[..., :num_classes].to(student.dtype)
     index = index.clamp(max=num_classes - 1)

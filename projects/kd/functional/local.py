@@ -40,7 +40,7 @@ def local_loss(
         Scalar; 0 for a map of one cell.
     """
     if mask is not None:
-        student, teacher = (x.masked_fill(~mask, 0.0) for x in (student, teacher))
+        student, teacher = (torch.where(mask, x, 0.0) for x in (student, teacher))
     if normalize:
         student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
     return _Neighbours.apply(student, teacher, mask)

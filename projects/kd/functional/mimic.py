@@ -30,6 +30,6 @@ def mimic_loss(
     difference = student - teacher
     if mask is None:
         return difference.square().mean()
-    # masked_fill before the square: a masked cell may hold inf or NaN, in the gradient as well
-    squared = difference.masked_fill(~mask, 0.0).square()
+    # chosen before the square: a masked cell may hold inf or NaN, in the gradient as well
+    squared = torch.where(mask, difference, 0.0).square()
     return squared.sum() / (mask.sum().clamp(min=1) * student.shape[1])

@@ -46,7 +46,7 @@ def pa_loss(
     """
     if mask is not None:
         outside = float("-inf") if pool > 0 else 0.0
-        student, teacher = (x.masked_fill(~mask, outside) for x in (student, teacher))
+        student, teacher = (torch.where(mask, x, outside) for x in (student, teacher))
     if pool > 0:
         kernel = [max(1, int(pool * side)) for side in student.shape[-2:]]
         student, teacher = (
@@ -54,7 +54,7 @@ def pa_loss(
         )
         if mask is not None:
             mask = F.max_pool2d(mask.to(student.dtype), kernel, stride=kernel, ceil_mode=True) > 0
-            student, teacher = (x.masked_fill(~mask, 0.0) for x in (student, teacher))
+            student, teacher = (torch.where(mask, x, 0.0) for x in (student, teacher))
     if mask is None:
         nodes = student.new_full((len(student),), student[0, 0].numel())
     else:

@@ -43,7 +43,7 @@ def pi_loss(
         Scalar >= 0, 0 for equal distributions.
     """
     if mask is not None:
-        student, teacher = (x.masked_fill(~mask, 0.0) for x in (student, teacher))
+        student, teacher = (torch.where(mask, x, 0.0) for x in (student, teacher))
     log_student = F.log_softmax(student / tau, dim=1)
     log_teacher = F.log_softmax(teacher / tau, dim=1)
     total = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
@@ -81,7 +81,7 @@ def bernoulli_pi_loss(
         Scalar >= 0, the sum; see :func:`teacher_confidence` for its normaliser.
     """
     if mask is not None:
-        student, teacher = (x.masked_fill(~mask, 0.0) for x in (student, teacher))
+        student, teacher = (torch.where(mask, x, 0.0) for x in (student, teacher))
     student, teacher = student / tau, teacher / tau
     p_teacher = teacher.sigmoid()
     loss = F.binary_cross_entropy_with_logits(student, p_teacher, reduction="none")

@@ -83,7 +83,7 @@ class _Pearson(torch.autograd.Function):
 
 
 def _centred(values, cells, mask):
-    inside = values if mask is None else values.masked_fill(~mask, 0.0)
+    inside = values if mask is None else torch.where(mask, values, 0.0)
     mean = inside.sum((0, 2, 3)) / cells
     centred = inside - _wide(mean)
     return centred if mask is None else centred.masked_fill_(~mask, 0.0), mean

@@ -177,7 +177,7 @@ def adapt(student: torch.Tensor, mask: torch.Tensor | None, adapter: nn.Module |
         return student
     if mask is not None:
         # zeroed before a convolution looks across the border of the valid area
-        student = student.masked_fill(~mask, 0.0)
+        student = torch.where(mask, student, 0.0)
     return adapter(student)
 
 

@@ -95,7 +95,7 @@ class CrossScaleAttention(nn.Module):
             mask: (N, 1, Ht, Wt) bool of the teacher's valid cells, None = all.
         """
         if mask is not None:
-            teacher = teacher.masked_fill(~mask, 0.0)
+            teacher = torch.where(mask, teacher, 0.0)
         grid = student.shape[-2:]
         queries = self.query(student.flatten(2).transpose(1, 2))
         queries = queries.unflatten(2, (self.heads, -1)).transpose(1, 2)
@@ -124,7 +124,7 @@ class CrossScaleAttention(nn.Module):
         if self.local is None:
             return values
         part = slice(first, first + values.shape[1])
-        inside = values if mask is None else values.masked_fill(~mask, 0.0)
+        inside = values if mask is None else torch.where(mask, values, 0.0)
         weight, bias = self.local.weight[part], self.local.bias[part]
         return values + F.conv2d(inside, weight, bias, padding=1, groups=values.shape[1])
 

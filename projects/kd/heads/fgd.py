@@ -175,7 +175,7 @@ class FGD(ImitationHead):
         foreground = foreground.to(student.device, non_blocking=True)
         if mask is not None:
             # the adapter's bias, or what the maps hold there
-            student, teacher = (x.masked_fill(~mask, 0.0) for x in (student, teacher))
+            student, teacher = (torch.where(mask, x, 0.0) for x in (student, teacher))
             foreground = foreground * mask[:, 0]
         return fgd_terms(
             student,

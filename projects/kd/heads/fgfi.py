@@ -166,7 +166,7 @@ class FGFI(ImitationHead):
             inside = None if valid is None else valid[:, 0]
             rows = conv3x3_at(student, adapter.weight, adapter.bias, mask, inside)
         else:
-            student = student if valid is None else student.masked_fill(~valid, 0.0)
+            student = student if valid is None else torch.where(valid, student, 0.0)
             rows = gather_cells(adapter(student), mask)
         return imitation_error(rows, gather_cells(teacher, mask))
 

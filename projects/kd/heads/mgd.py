@@ -74,11 +74,11 @@ class MGD(MapImitation):
         """``loss_kd_mgd``; every cell counts, hidden or not."""
         total = 0.0
         for name, (student, teacher, mask) in zip(self.generators, self.maps(ctx), strict=True):
-            hidden = ~random_cells(student, self.mask_ratio)
+            shown = random_cells(student, self.mask_ratio)
             if mask is not None:
-                hidden = hidden | ~mask
+                shown = shown & mask
             with step_precision(self._precision(ctx)):
-                generated = self.generators[name](student.masked_fill(hidden, 0.0))
+                generated = self.generators[name](torch.where(shown, student, 0.0))
             total = total + mgd_loss(generated, teacher, mask)
         if self.levels:
             factor = self.area.of_levels(ctx, self.levels)

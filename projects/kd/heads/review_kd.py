@@ -57,13 +57,13 @@ class Fusion(nn.Module):
                 statistics; None = all cells.
         """
         if mask is not None:  # what lies outside may be infinite
-            features = features.masked_fill(~mask, 0.0)
+            features = torch.where(mask, features, 0.0)
         x = _norm(self.reduce_norm, self.reduce(features), mask)
         if self.gate is not None:
             coarser = F.interpolate(coarser, size=x.shape[-2:], mode="nearest")
             gates = self.gate(torch.cat([x, coarser], dim=1)).sigmoid()
             x = gates[:, :1] * x + gates[:, 1:] * coarser
-            x = x if mask is None else x.masked_fill(~mask, 0.0)
+            x = x if mask is None else torch.where(mask, x, 0.0)
         return _norm(self.out_norm, self.out(x), mask), x
 
 

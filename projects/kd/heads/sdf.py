@@ -227,7 +227,7 @@ class SDF(ImitationHead):
             theirs = ctx.padding_mask("teacher", teacher, self.strides[stage][1])
         teacher = align_spatial(teacher, student, theirs)
         if mask is not None:
-            student, teacher = (x.masked_fill(~mask, 0.0) for x in (student, teacher))
+            student, teacher = (torch.where(mask, x, 0.0) for x in (student, teacher))
         return student, teacher, mask
 
     def _watch(self, ctx: DistillContext, value: torch.Tensor) -> None:
