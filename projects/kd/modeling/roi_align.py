@@ -1,9 +1,9 @@
 """ROIAlign whose gradient is one sparse product on a CPU.
 
 torchvision's backward pass on a CPU goes through every channel of every sample of every region,
-and computes the sample's place and weights anew for each channel. In a step of a small R-CNN it
-takes as long as the whole backbone. The gradient is linear in that of the output, with weights that
-all channels share: a sparse matrix, cells by bins, times a dense one, bins by channels.
+and computes the sample's place and weights anew for each channel: more than a tenth of a step of a
+small R-CNN. The gradient is linear in that of the output, with weights that all channels share: a
+sparse matrix, cells by bins, times a dense one, bins by channels.
 """
 
 from __future__ import annotations
