@@ -15,13 +15,12 @@ from ..errors import ConfigError, did_you_mean
 from ..files import MODEL_ZOO_PREFIX, is_zoo_config, resolve_config
 from ..moved_configs import moved
 from .config_paths import resolve_relative
+from .key_table import rule_of
 from .yaml_files import check_yaml
 
 # files that are being read: each is the base of the one before it
 _CHAIN: ContextVar[tuple[str, ...]] = ContextVar("chain", default=())
 BY_NAME = "by_name"
-# the keys whose None means something; the first is detectron2's
-NULLABLE = ("SOLVER.WEIGHT_DECAY_BIAS", "SOLVER.CHANNELS_LAST", "KD.TEACHER.CHANNELS_LAST")
 
 
 class ConfigFile(CN):
@@ -107,7 +106,7 @@ def check_keys(raw: CN, cfg: CN, path: str, prefix: str = "") -> None:
         if node is _MISSING:
             if not cfg.key_is_deprecated(full) and not cfg.key_is_renamed(full):
                 raise ConfigError(f"{path}: {unknown_key(cfg, full)}")
-        elif value is None and full not in NULLABLE:
+        elif value is None and not _may_be_none(full):
             raise ConfigError(f"{path}: {full} has no value; write one, or remove the line")
         elif isinstance(node, CN):
             if not isinstance(value, CN):
@@ -129,8 +128,14 @@ def check_override(key, value, cfg: CN, source: str) -> None:
         raise ConfigError(f"{source}: {unknown_key(cfg, str(key))}")
     if isinstance(node, CN):
         raise ConfigError(f"{source}: {key} is a group of keys; set one of them")
-    if (value is None or value == "None") and key not in NULLABLE:
+    if (value is None or value == "None") and not _may_be_none(key):
         raise ConfigError(f"{source}: {key} has no value")
+
+
+def _may_be_none(key: str) -> bool:
+    """Whether None means something for a key: its rule takes it."""
+    rule = rule_of(key)
+    return rule is not None and rule.test(None)
 
 
 def unknown_key(cfg: CN, key: str) -> str:
